@@ -1,0 +1,24 @@
+"""Reversa: deep residual networks whose activation memory does not grow with depth."""
+
+from reversa import errors, schemes
+from reversa.engine import Invert, Offload, Recompute, Store, is_replaying
+from reversa.errors import ReversaError
+from reversa.schemes import AdditiveCoupling, Momentum, RevNet
+from reversa.sequence import ReversibleSequence
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdditiveCoupling",
+    "Invert",
+    "Momentum",
+    "Offload",
+    "Recompute",
+    "RevNet",
+    "ReversaError",
+    "ReversibleSequence",
+    "Store",
+    "errors",
+    "is_replaying",
+    "schemes",
+]

@@ -1,0 +1,298 @@
+"""The engine's heart: autograd's own graph, with saved tensors that are computed back.
+
+In the forward pass each residual function runs in grad mode under saved-tensor hooks: what autograd would keep
+is packed into a number. The chain keeps the state after its last step alone. In the backward pass the first number
+that autograd hands back makes the chain *replay* its step: the argument of ``f`` is uncovered from the state after
+the step, ``f`` is evaluated once more, the tensors that it saves are what autograd asked for, and its value is what
+the inverse needs to get the state before the step. That state is the **cursor** for the step before.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from reversa.engine import _torch
+from reversa.engine.conditions import RandomState
+from reversa.engine.replay import Evaluation, Extras, Saved, refuse_other_tensors
+from reversa.engine.steps import carried_value, first_tensor, is_finite, refuse_in_place, total
+from reversa.errors import ReplayError, ReversaError, StateError
+from reversa.schemes import Scheme, State
+
+_Entry = tuple[Tensor, int]
+"""A captured tensor and its version then."""
+
+_CHANGED_OUTPUT = (
+    "the output of {where}, where a reversible chain ends, was changed in place before the backward pass, which starts from "
+    "it. Use an out-of-place operation there (for instance ReLU(inplace=False))."
+)
+
+
+class _Cursor:
+    """How far a backward pass has come: the state before ``step``. It moves in place, so that old streams are freed."""
+
+    __slots__ = ("state", "step", "task")
+
+    def __init__(self, task: int, step: int, state: State) -> None:
+        self.task = task
+        self.step = step
+        self.state = state
+
+
+def _no_backward(_: Any) -> Tensor:
+    raise ReplayError(
+        "a residual function computes gradients inside its own forward (torch.autograd.grad or backward). Its saved "
+        "tensors are not kept by a reversible engine: use engine=Store() for this model."
+    )
+
+
+class Chain:
+    """Recorded steps without a gap, and the state after the last of them.
+
+    Args:
+        scheme: the update rule.
+        first: number of the first step within the whole run (a run with anchors is several chains).
+        group: how many steps are replayed in one go: more of them are alive at once, with less overhead for each.
+    """
+
+    def __init__(self, scheme: Scheme, first: int = 0, group: int = 1) -> None:
+        self.scheme: Final = scheme
+        self.first: Final = first
+        self.group: Final = group
+        self._steps: list[Evaluation] = []
+        self._saved: Saved = []  # of all steps, one behind the other ...
+        self._starts: list[int] = [0]  # ... and where each step's part begins
+        self._random: list[RandomState] = []  # before each of the latest steps, until _settle_random()
+        self._sums: list[Tensor] = []  # one for each group of steps: not finite where a value was not
+        self._latest: list[tuple[Tensor, int]] | None = (
+            None  # the state after the last step, with versions; until end()
+        )
+        self._held: list[_torch.SavedTensor] | None = None  # the same in autograd's keeping; from end()
+        self._cursor: _Cursor | None = None
+        self._task = -1  # the backward pass that captured tensors belong to:
+        self._captured: list[_Entry | None] = []  # entries _from.._to of all saved tensors, with versions
+        self._from = self._to = 0
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    # ------------------------------------------------------------------ forward
+
+    def step(
+        self, f: Callable[..., Any], state: State, extras: Extras, module: Any, where: object
+    ) -> tuple[State, Any]:
+        """Make one step and record it. If ``f`` raises, the chain stays as it was."""
+        number = self.first + len(self._steps)
+        argument = self.scheme.argument(state, number)
+        evaluation = Evaluation(f, argument, extras, module, where)
+        random = None if isinstance(argument, FakeTensor) else RandomState.now(argument.device)
+        version = argument._version
+        _torch.push_hooks(self._pack, self._unpack)
+        try:
+            output = f(argument, *extras.args, **extras.kwargs)
+            value = carried_value(output, argument, where)
+            refuse_in_place(argument, version, where)
+            evaluation.watch.settle(where)
+        except BaseException:
+            del self._saved[self._starts[-1] :]
+            raise
+        finally:
+            _torch.pop_hooks()
+        state = self.scheme.forward(state, value, number)
+        self._steps.append(evaluation)
+        self._starts.append(len(self._saved))
+        if random is not None:
+            self._random.append(random)
+        if self.group == 1:
+            self._sums.append(total(value))
+        elif len(self._steps) % self.group == 0:
+            self._sums.append(sum(total(stream) for stream in state))
+        self._latest = [(stream.detach(), stream._version) for stream in state]
+        return state, output
+
+    def end(self) -> None:
+        """No step follows: give the latest state to autograd, where hooks of an outer chain or checkpoint see it."""
+        self._settle_random()
+        if self._latest is not None:
+            self._held = [_torch.hold(stream) for stream, _ in self._latest]
+            self._latest = None
+
+    def _pack(self, tensor: Tensor) -> int:
+        self._saved.append((tensor.shape, tensor.dtype, tensor._version))
+        return len(self._saved) - 1
+
+    def _settle_random(self) -> None:
+        """Give each step that drew random numbers the generators' state before it; forget the others."""
+        states, self._random = self._random, []
+        if not states:
+            return
+        states.append(RandomState.now(self._steps[-1].device))
+        if states[0].same(states[-1]):
+            return
+        for evaluation, before, after in zip(self._steps[1 - len(states) :], states, states[1:], strict=False):
+            if not before.same(after):
+                evaluation.random = before
+
+    # ------------------------------------------------------------------ backward
+
+    def _unpack(self, index: int) -> Tensor:
+        if not self._from <= index < self._to or self._task != _torch.graph_task():
+            self._replay(index)
+        entry = self._captured[index - self._from]
+        if entry is None:  # asked for a second time
+            self._replay(index)
+            entry = self._captured[index - self._from]
+        self._captured[index - self._from] = None
+        tensor, version = entry  # type: ignore[misc]
+        if tensor._version != version:
+            raise ReplayError(
+                f"{self._steps[self._step_of(index)].where}: a tensor that its gradient needs is changed in place later in the "
+                "function. Replace the in-place operation by an ordinary one."
+            )
+        return tensor
+
+    def _step_of(self, index: int) -> int:
+        return bisect_right(self._starts, index) - 1
+
+    def _replay(self, index: int) -> None:
+        """Capture the saved tensors of the step that ``index`` belongs to, and of the ``group - 1`` steps before it."""
+        last = self._step_of(index)
+        if last >= len(self._steps):
+            _no_backward(index)
+        self._captured, self._from, self._to = [], 0, 0
+        self._settle_random()
+        grad_enabled = torch.is_grad_enabled()
+        _torch.set_grad_enabled(False)
+        try:
+            units, cursor = self._walk_to(last)
+            if cursor.step == 0:
+                self._check_finite(cursor.state, recovered=True)
+        finally:
+            _torch.set_grad_enabled(grad_enabled)
+        self._captured = [entry for unit in reversed(units) for entry in unit]
+        self._from, self._to, self._task = self._starts[cursor.step], self._starts[last + 1], cursor.task
+        # With the end state kept, nothing needs the first state; without it, a second request might.
+        self._cursor = None if cursor.step == 0 and self._held is not None else cursor
+
+    def _walk_to(self, last: int) -> tuple[list[list[_Entry]], _Cursor]:
+        """Walk to step ``last`` and replay the unit of steps that ends with it, last step first."""
+        cursor = self._nearest(last)
+        while cursor.step > last + 1:  # steps that this backward pass did not visit
+            self._back(cursor)
+        while cursor.step < last:
+            self._forth(cursor)
+        units: list[list[_Entry]] = []
+        if cursor.step == last:
+            argument = self.scheme.argument(cursor.state, self.first + last)
+            units.append(self._evaluate(last, argument)[0])
+        while cursor.step > max(0, last + 1 - self.group):
+            units.append(self._back(cursor))
+        return units, cursor
+
+    def _nearest(self, last: int) -> _Cursor:
+        """A known state to walk from: the cursor of this backward pass, or the state after the last step."""
+        task = _torch.graph_task()
+        cursor, self._cursor = self._cursor, None
+        if cursor is not None and cursor.task == task and (cursor.step > last or not self._has_end()):
+            return cursor
+        return _Cursor(task, len(self._steps), self._end_state(task))
+
+    def _has_end(self) -> bool:
+        return self._held is not None or self._latest is not None
+
+    def _end_state(self, task: int) -> State:
+        where = self._steps[-1].where
+        if self._latest is not None:
+            if any(stream._version != version for stream, version in self._latest):
+                raise ReplayError(_CHANGED_OUTPUT.format(where=where))
+            return tuple(stream for stream, _ in self._latest)
+        if self._held is None:
+            raise ReplayError(
+                f"backward through a reversible chain (up to {where}) a second time: the state that it starts from was "
+                "given up after the first. Pass retain_graph=True to the first backward()."
+            )
+        try:
+            state = tuple(held.unpack() for held in self._held)
+        except ReversaError:
+            raise
+        except RuntimeError as error:
+            raise ReplayError(_CHANGED_OUTPUT.format(where=where)) from error
+        self._check_finite(state, recovered=False)
+        if task >= 0 and not _torch.graph_is_kept():
+            self._held = None  # nobody can ask again: the nodes that would are freed as they run
+        return state
+
+    def _back(self, cursor: _Cursor) -> list[_Entry]:
+        """Move the cursor over one step backwards; what the step saved."""
+        step, number = cursor.step - 1, self.first + cursor.step - 1
+        argument, rest = self.scheme.uncover(cursor.state, number)
+        cursor.state = ()
+        saved, value = self._evaluate(step, argument)
+        cursor.step, cursor.state = step, self.scheme.inverse(argument, rest, value, number)
+        return saved
+
+    def _forth(self, cursor: _Cursor) -> None:
+        """Move the cursor over one step forwards."""
+        number = self.first + cursor.step
+        _, value = self._evaluate(cursor.step, self.scheme.argument(cursor.state, number))
+        cursor.step, cursor.state = cursor.step + 1, self.scheme.forward(cursor.state, value, number)
+
+    def _evaluate(self, step: int, argument: Tensor) -> tuple[list[_Entry], Tensor]:
+        """Evaluate ``f`` of a step once more: the tensors that it saves, and its value."""
+        evaluation = self._steps[step]
+        leaf = argument.detach().requires_grad_(evaluation.needs_grad)
+        tensors: list[Tensor] = []
+        saved: Saved = []
+
+        def capture(tensor: Tensor) -> None:
+            tensors.append(tensor)
+            saved.append((tensor.shape, tensor.dtype, tensor._version))
+
+        _torch.set_grad_enabled(True)
+        _torch.push_hooks(capture, _no_backward)
+        try:
+            value = first_tensor(evaluation.again(leaf))
+            captured = [(tensor, entry[2]) for tensor, entry in zip(tensors, saved, strict=True)]
+        finally:
+            _torch.pop_hooks()
+            _torch.set_grad_enabled(False)
+            # Autograd keeps the hook, the hook keeps this list: a graph that it reached would never be freed.
+            tensors.clear()
+        if saved != (expected := self._saved[self._starts[step] : self._starts[step + 1]]):
+            refuse_other_tensors(evaluation, leaf, expected, saved, captured)
+        evaluation.stand_ins = ()
+        return captured, value.to(argument.dtype)
+
+    def _check_finite(self, state: State, recovered: bool) -> None:
+        """Look at the state after the last step, and at the one that was recovered before the first.
+
+        Raises:
+            StateError: it holds inf or nan; the message names the step, or the few steps, where it began.
+        """
+        if isinstance(state[0], FakeTensor) or state[0].is_meta or all(map(is_finite, map(total, state))):
+            return
+        first, last = self._steps[0].where, self._steps[-1].where
+        if recovered:
+            raise StateError(
+                f"the state recovered before {first} is not finite, though the one after {last} was: the inverse lost "
+                "all digits in float arithmetic. Keep states in between with Invert(anchors='auto'), choose gamma "
+                "nearer to 1, or use float64."
+            )
+        for i, sum_ in enumerate(self._sums):
+            if not is_finite(sum_):
+                places = self._steps[i * self.group : (i + 1) * self.group]
+                begin, end = places[0].where, places[-1].where
+                raise StateError(
+                    f"{begin if begin is end else f'one of {begin} to {end}'} returned inf or nan in the forward "
+                    "pass, so no state can be recovered from the end. Look at its input and weights, lower the learning "
+                    "rate, or use a wider data type."
+                )
+        raise StateError(
+            f"the state after {last} is not finite: the input of {first} was not, or a sum overflowed. "
+            "Look at the input, or use a wider data type."
+        )

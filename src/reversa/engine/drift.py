@@ -1,0 +1,67 @@
+"""What the engine does about drift: where to keep states, and when to warn or refuse.
+
+A scheme states its law (:meth:`reversa.schemes.Scheme.drift`); everything here only reads it.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from reversa.errors import DriftError, DriftWarning
+from reversa.schemes import Scheme
+
+WARN_ABOVE = 1e-4
+REFUSE_ABOVE = 1e-2
+
+
+def rounding(dtype: torch.dtype, under: torch.dtype) -> float:
+    """Relative rounding error of one step.
+
+    A residual function in a narrower type flips a rounding of its own at the slightest change of its argument; what
+    was observed lies near the geometric mean of the two types' precisions.
+    """
+    eps = torch.finfo(dtype).eps
+    return max(eps, (eps * torch.finfo(under).eps) ** 0.5) if under.is_floating_point else eps
+
+
+def tolerance(dtype: torch.dtype, under: torch.dtype) -> float:
+    """The error at which a state is kept: 1e-4 in float32, in proportion to what a type can hold elsewhere."""
+    limit = {torch.float64: 1e-11, torch.float32: WARN_ABOVE}.get(dtype, 8 * torch.finfo(dtype).eps)
+    return max(limit, torch.finfo(under).eps / 4) if under.is_floating_point else limit
+
+
+def anchor_interval(scheme: Scheme, dtype: torch.dtype, under: torch.dtype) -> int:
+    """The longest run of steps that may be inverted without a state kept in between; at least 1.
+
+    Every step adds a rounding error, and each is amplified by the steps inverted after it: the sum over a run stays
+    below the tolerance.
+
+    >>> from reversa.schemes import Momentum
+    >>> [anchor_interval(Momentum(gamma), torch.float32, torch.float32) for gamma in (0.5, 0.9, 0.99, 1.0)]
+    [9, 43, 223, 838]
+    """
+    left, growth, steps = tolerance(dtype, under) / rounding(dtype, under), 1.0, 0
+    while (left := left - growth) >= 0:
+        steps, growth = steps + 1, growth * scheme.amplification
+    return max(1, steps)
+
+
+def accept(scheme: Scheme, steps: int, dtype: torch.dtype, under: torch.dtype, insist: bool) -> None:
+    """Warn or refuse where a chain without anchors would drift.
+
+    Raises:
+        DriftError: the law passes 1e-2, and the user does not insist.
+    """
+    drift = scheme.drift(steps, rounding(dtype, under))
+    if drift <= WARN_ABOVE:
+        return
+    remedies = (
+        f"{steps} steps of {scheme} in {dtype} without anchors: the backward pass recovers states with a relative error of "
+        f"about {drift:.0e}, and gradients with it. Use Invert(anchors='auto'), which keeps a state every "
+        f"{anchor_interval(scheme, dtype, under)} steps; or gamma nearer to 1; or float64; or exact=True."
+    )
+    if drift > REFUSE_ABOVE and not insist:
+        raise DriftError(f"{remedies} To go on all the same: Invert(anchors=None, accept_drift=True).")
+    warnings.warn(remedies, DriftWarning, stacklevel=2)

@@ -1,0 +1,161 @@
+"""One evaluation of a residual function, and the same evaluation once more.
+
+The second evaluation happens in the backward pass, much later, and has to see what the first one saw: the same
+parameters and buffers, extra arguments, training flags, random numbers and autocast. What can be put back is put
+back for its duration; what was changed in place meanwhile is a :class:`~reversa.errors.ReplayError`. And it must
+leave no trace: statistics move once, the generator ends where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from reversa.engine.conditions import RandomState, autocast_as, autocast_now
+from reversa.engine.watch import Watch
+from reversa.errors import ReplayError
+
+_replaying: ContextVar[bool] = ContextVar("reversa_replaying", default=False)
+
+
+def is_replaying() -> bool:
+    """Whether a residual function is being evaluated for the second time, in the backward pass.
+
+    Forward hooks of the functions run in both evaluations; a hook that must act once asks this.
+
+    >>> is_replaying()
+    False
+    """
+    return _replaying.get()
+
+
+class _Argument:
+    """Stands for the carried tensor inside recorded extra arguments."""
+
+
+_ARGUMENT = _Argument()
+
+
+class Extras:
+    """The arguments of a residual function beside the carried tensor.
+
+    They are recorded as detached aliases: an argument with a graph of its own would close a reference cycle through
+    autograd's nodes that no garbage collector sees. An alias shares its tensor's version counter.
+    """
+
+    __slots__ = ("args", "kwargs", "recorded", "versions")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.recorded: Any = None
+        self.versions: list[tuple[Tensor, int]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.args or self.kwargs)
+
+    def record(self, argument: Tensor) -> Any:
+        """The arguments without their graphs, and with a placeholder where the carried tensor itself is among them."""
+        if not self:
+            return None
+        if self.recorded is None or any(leaf is argument for leaf in tree_leaves((self.args, dict(self.kwargs)))):
+            self.recorded = tree_map(lambda leaf: _alias(leaf, argument), (self.args, dict(self.kwargs)))
+            tensors = [leaf for leaf in tree_leaves(self.recorded) if isinstance(leaf, Tensor)]
+            self.versions = [(t, t._version) for t in tensors if not t.is_inference()]
+        return self.recorded, self.versions
+
+
+def _alias(leaf: Any, argument: Tensor) -> Any:
+    if leaf is argument:
+        return _ARGUMENT
+    return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+
+class Evaluation:
+    """One evaluation of one residual function, recorded so that it can be made again."""
+
+    __slots__ = ("autocast", "device", "extras", "f", "needs_grad", "random", "stand_ins", "watch", "where")
+
+    def __init__(self, f: Callable[..., Any], argument: Tensor, extras: Extras, module: Any, where: object) -> None:
+        self.f = f
+        self.where = where
+        self.device = argument.device
+        self.needs_grad = argument.requires_grad
+        self.extras = extras.record(argument)
+        self.watch = Watch(module)
+        self.autocast = autocast_now(argument.device)
+        self.random: RandomState | None = None  # None: f drew no random numbers
+        self.stand_ins: Sequence[Tensor] = ()
+
+    def again(self, argument: Tensor) -> Any:
+        """``f`` at ``argument`` under the conditions of the first evaluation, without side effects.
+
+        Raises:
+            ReplayError: a parameter, buffer or extra argument was changed in place since.
+        """
+        args, kwargs = self._arguments(argument)
+        undo: list[Callable[[], Any]] = []
+        token = _replaying.set(True)
+        try:
+            self.stand_ins = self.watch.install(undo, self.where)
+            if self.random is not None:
+                now = RandomState.now(self.device)
+                undo.append(lambda: now.restore(self.device))
+                self.random.restore(self.device)
+            context = autocast_as(self.autocast, self.device)
+            if context is None:
+                return self.f(argument, *args, **kwargs)
+            with context:
+                return self.f(argument, *args, **kwargs)
+        finally:
+            for action in reversed(undo):
+                action()
+            _replaying.reset(token)
+
+    def _arguments(self, argument: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.extras is None:
+            return (), {}
+        recorded, versions = self.extras
+        for tensor, version in versions:
+            if tensor._version != version:
+                raise ReplayError(
+                    f"{self.where}: an extra argument of shape {tuple(tensor.shape)} was changed in place between the forward "
+                    "and the backward pass. Change a copy of it, or call backward() first."
+                )
+        return tree_map(lambda leaf: argument if leaf is _ARGUMENT else leaf, recorded)
+
+
+Saved = list[tuple[torch.Size, torch.dtype, int]]
+"""Shape, data type and version of every tensor that an evaluation saved, in order."""
+
+
+def refuse_other_tensors(
+    evaluation: Evaluation, argument: Tensor, expected: Saved, saved: Saved, captured: Sequence[tuple[Tensor, int]]
+) -> None:
+    """Raise where an evaluation did not save what the first one saved.
+
+    The versions of the argument and of buffers' stand-ins differ by right; any other difference is a tensor that was
+    changed in place in between.
+
+    Raises:
+        ReplayError: tensors of another number, shape or data type, or with another version.
+    """
+    if [entry[:2] for entry in saved] != [entry[:2] for entry in expected]:
+        raise ReplayError(
+            f"{evaluation.where} saved {len(expected)} tensors for its gradient in the forward pass and "
+            f"{len(saved)} {'other ' if len(saved) == len(expected) else ''}ones when it was evaluated again. It must compute "
+            "the same thing twice: look for branches on state that it changes itself, a cache, or compiled code in one "
+            "of the two evaluations only."
+        )
+    own = {tensor.untyped_storage()._cdata for tensor in (argument, *evaluation.stand_ins)}
+    for (tensor, version), (shape, _, before) in zip(captured, expected, strict=True):
+        if version != before and tensor.untyped_storage()._cdata not in own:
+            raise ReplayError(
+                f"{evaluation.where}: a tensor of shape {tuple(shape)} that its gradient needs was changed in place between the "
+                "forward and the backward pass. Call backward() before changing it, or run the forward pass again."
+            )

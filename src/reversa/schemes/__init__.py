@@ -1,0 +1,43 @@
+"""The update rules of the literature, and the one table of them."""
+
+from __future__ import annotations
+
+from reversa.errors import SettingError, nearest
+from reversa.schemes.base import Scheme, State, round_trip, run, run_back
+from reversa.schemes.coupling import AdditiveCoupling, RevNet
+from reversa.schemes.momentum import Momentum
+
+# Read by the tests, the docs, the command line and the planner: a new scheme is one file and one line here.
+SCHEMES: dict[str, type[Scheme]] = {
+    "momentum": Momentum,
+    "revnet": RevNet,
+    "additive": AdditiveCoupling,
+}
+
+
+def scheme_named(name: str) -> type[Scheme]:
+    """The scheme of that name in the table.
+
+    Raises:
+        SettingError: no scheme has that name; the message lists the nearest ones.
+
+    >>> scheme_named("momentum").__name__
+    'Momentum'
+    """
+    if name not in SCHEMES:
+        raise SettingError(nearest(name, SCHEMES, "scheme"))
+    return SCHEMES[name]
+
+
+__all__ = [
+    "SCHEMES",
+    "AdditiveCoupling",
+    "Momentum",
+    "RevNet",
+    "Scheme",
+    "State",
+    "round_trip",
+    "run",
+    "run_back",
+    "scheme_named",
+]

@@ -1,0 +1,134 @@
+"""Schemes turn residual functions into steps that can be undone. They hold formulas and nothing else.
+
+stream     one of the tensors that a step carries; all streams of a state have one shape
+state      the tuple of streams, e.g. ``(x, v)``
+residual   the learned function ``f`` inside a block; evaluated in both directions, inverted in neither
+step       one use of a scheme with one evaluation of one ``f``; steps of a chain are numbered from 0
+argument   the tensor that a step hands to ``f``
+value      what ``f`` returned for it
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeAlias
+
+from torch import Tensor, nn
+
+State: TypeAlias = tuple[Tensor, ...]
+Residual: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Scheme(ABC):
+    """One invertible step on a tuple of equally shaped tensors: formulas, no autograd, no parameters.
+
+    A step is written down once forwards (:meth:`argument`, :meth:`forward`) and once backwards
+    (:meth:`uncover`, :meth:`inverse`). The two halves of each are separate because whoever runs the
+    scheme (an engine) evaluates ``f`` in between, exactly once in each direction.
+
+    Every operation must be differentiable by autograd and save no tensor of the state's size
+    (additions, multiplications by Python numbers, ``lerp`` with a Python weight).
+    """
+
+    source: ClassVar[str]
+    """Where the formula was published."""
+
+    functions_per_block: ClassVar[int] = 1
+    """Residual functions in one block: 2 for a RevNet block ``(F, G)``."""
+
+    num_streams: ClassVar[int] = 2
+
+    carries_input: ClassVar[bool] = False
+    """The state begins with the whole input, and the output is the state's first stream (what conversion needs)."""
+
+    @property
+    def amplification(self) -> float:
+        """By how much one inverse step multiplies a rounding error: ``1 / |b|`` in the two-register form."""
+        return 1.0
+
+    @property
+    def lossless(self) -> bool:
+        """No information is lost in a step: true exactly when errors are not amplified."""
+        return self.amplification == 1
+
+    def drift(self, steps: int, eps: float) -> float:
+        """The drift law: relative error of a state recovered through ``steps`` inverse steps, to an order of magnitude.
+
+        ``eps * amplification**steps``; ``eps * steps`` where nothing is amplified and errors only add up.
+
+        Args:
+            steps: number of consecutive inverted steps.
+            eps: relative rounding error of one step (of the state's data type, or of ``f``'s if that is coarser).
+        """
+        try:
+            return eps * (steps if self.lossless else self.amplification**steps)
+        except OverflowError:
+            return math.inf
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Learned modules that open the state (whoever holds the scheme registers them)."""
+        return ()
+
+    @abstractmethod
+    def open(self, x: Tensor) -> State:
+        """The state before the first step, from the input."""
+
+    @abstractmethod
+    def close(self, state: State) -> Tensor:
+        """The output, from the state after the last step."""
+
+    @abstractmethod
+    def argument(self, state: State, step: int) -> Tensor:
+        """What ``f`` is evaluated at, from the state before the step."""
+
+    @abstractmethod
+    def forward(self, state: State, value: Tensor, step: int) -> State:
+        """The state after the step."""
+
+    @abstractmethod
+    def uncover(self, state: State, step: int) -> tuple[Tensor, State]:
+        """What ``f`` was evaluated at, from the state *after* the step, and what :meth:`inverse` still needs.
+
+        Streams that are not needed any more are left out, so that their memory is free while ``f`` runs.
+        """
+
+    @abstractmethod
+    def inverse(self, argument: Tensor, rest: State, value: Tensor, step: int) -> State:
+        """The state before the step, from :meth:`uncover`'s result and the value of ``f`` there."""
+
+
+def run(scheme: Scheme, residuals: Sequence[Residual], state: State) -> State:
+    """Every step in turn, plainly: the definition that engines are compared with.
+
+    >>> import torch
+    >>> from reversa.schemes import Momentum, round_trip
+    >>> state = Momentum(0.9).open(torch.ones(2, 3))
+    >>> [tuple(stream.shape) for stream in run(Momentum(0.9), [torch.tanh] * 4, state)]
+    [(2, 3), (2, 3)]
+    """
+    for step, f in enumerate(residuals):
+        state = scheme.forward(state, f(scheme.argument(state, step)), step)
+    return state
+
+
+def run_back(scheme: Scheme, residuals: Sequence[Residual], state: State) -> State:
+    """The inverse of :func:`run`: every step undone, last first."""
+    for step in reversed(range(len(residuals))):
+        argument, rest = scheme.uncover(state, step)
+        state = scheme.inverse(argument, rest, residuals[step](argument), step)
+    return state
+
+
+def round_trip(scheme: Scheme, residuals: Sequence[Residual], state: State) -> float:
+    """Largest absolute error of a state after :func:`run` and :func:`run_back`.
+
+    >>> import torch
+    >>> from reversa.schemes import Momentum
+    >>> state = Momentum(0.9).open(torch.ones(2, 3, dtype=torch.float64))
+    >>> round_trip(Momentum(0.9), [torch.tanh] * 50, state) < 1e-12
+    True
+    """
+    back = run_back(scheme, residuals, run(scheme, residuals, state))
+    return max(float((a - b).abs().max()) for a, b in zip(back, state, strict=True))
