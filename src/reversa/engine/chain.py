@@ -68,7 +68,7 @@ class Chain:
         self._saved: Saved = []  # of all steps, one behind the other ...
         self._starts: list[int] = [0]  # ... and where each step's part begins
         self._random: list[RandomState] = []  # before each of the latest steps, until _settle_random()
-        self._sums: list[Tensor] = []  # one for each group of steps: not finite where a value was not
+        self._sums: list[Tensor] = []  # of each step's value: not finite where the value is not
         self._latest: list[tuple[Tensor, int]] | None = (
             None  # the state after the last step, with versions; until end()
         )
@@ -108,10 +108,7 @@ class Chain:
         self._starts.append(len(self._saved))
         if random is not None:
             self._random.append(random)
-        if self.group == 1:
-            self._sums.append(total(value))
-        elif len(self._steps) % self.group == 0:
-            self._sums.append(sum(total(stream) for stream in state))
+        self._sums.append(total(value))
         self._latest = [(stream.detach(), stream._version) for stream in state]
         return state, output
 
@@ -272,7 +269,7 @@ class Chain:
         """Look at the state after the last step, and at the one that was recovered before the first.
 
         Raises:
-            StateError: it holds inf or nan; the message names the step, or the few steps, where it began.
+            StateError: it holds inf or nan; the message names the step where it began.
         """
         if isinstance(state[0], FakeTensor) or state[0].is_meta or all(map(is_finite, map(total, state))):
             return
@@ -283,14 +280,11 @@ class Chain:
                 "all digits in float arithmetic. Keep states in between with Invert(anchors='auto'), choose gamma "
                 "nearer to 1, or use float64."
             )
-        for i, sum_ in enumerate(self._sums):
+        for evaluation, sum_ in zip(self._steps, self._sums, strict=True):
             if not is_finite(sum_):
-                places = self._steps[i * self.group : (i + 1) * self.group]
-                begin, end = places[0].where, places[-1].where
                 raise StateError(
-                    f"{begin if begin is end else f'one of {begin} to {end}'} returned inf or nan in the forward "
-                    "pass, so no state can be recovered from the end. Look at its input and weights, lower the learning "
-                    "rate, or use a wider data type."
+                    f"{evaluation.where} returned inf or nan in the forward pass, so no state can be recovered from "
+                    "the end. Look at its input and weights, lower the learning rate, or use a wider data type."
                 )
         raise StateError(
             f"the state after {last} is not finite: the input of {first} was not, or a sum overflowed. "

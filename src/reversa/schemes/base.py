@@ -56,14 +56,14 @@ class Scheme(ABC):
     def drift(self, steps: int, eps: float) -> float:
         """The drift law: relative error of a state recovered through ``steps`` inverse steps, to an order of magnitude.
 
-        ``eps * amplification**steps``; ``eps * steps`` where nothing is amplified and errors only add up.
+        ``eps * amplification**steps``; ``eps * sqrt(steps)`` where nothing is amplified and errors add up at random.
 
         Args:
             steps: number of consecutive inverted steps.
             eps: relative rounding error of one step (of the state's data type, or of ``f``'s if that is coarser).
         """
         try:
-            return eps * (steps if self.lossless else self.amplification**steps)
+            return eps * (math.sqrt(steps) if self.lossless else self.amplification**steps)
         except OverflowError:
             return math.inf
 

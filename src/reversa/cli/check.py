@@ -1,0 +1,61 @@
+"""``reversa check``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+import reversa
+from reversa.errors import SettingError, import_extra, nearest
+from reversa.schemes import SCHEMES
+from reversa.train.config import make_scheme
+
+RIGHT, WRONG = 0, 1
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Convert a model of torchvision and check that it trains right; exit status 1 where it does not."""
+    settings = _parser().parse_args(arguments)
+    for name in ("batch", "image"):
+        if getattr(settings, name) < 1:
+            raise SettingError(f"--{name} must be at least 1, got {getattr(settings, name)}")
+    scheme = make_scheme(settings.scheme, settings.gamma)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = reversa.convert(_model(settings.model), scheme=scheme)
+        report = reversa.check(model, torch.randn(settings.batch, 3, settings.image, settings.image))
+    print(json.dumps(report.to_dict(), indent=2) if settings.json else report)
+    return RIGHT if report.ok else WRONG
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reversa check",
+        description="Convert a model and compare its training with stored activations: gradients, drift, side effects. "
+        "Exit status 1 where training would be wrong.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a classification model of torchvision, for instance resnet50")
+    parser.add_argument("--batch", type=int, default=2, help="images in the batch (default: 2)")
+    parser.add_argument("--image", type=int, default=64, help="height and width in pixels (default: 64)")
+    parser.add_argument("--scheme", default="momentum", help=f"one of {', '.join(SCHEMES)} (default: momentum)")
+    parser.add_argument("--gamma", type=float, help="weight of the old velocity (default: the scheme's own)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the images (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the report for a program")
+    return parser
+
+
+def _model(name: str) -> nn.Module:
+    """A model of torchvision with fresh weights.
+
+    Raises:
+        SettingError: torchvision has no such model; the message lists the nearest ones.
+    """
+    torchvision = import_extra("torchvision.models", "vision")
+    known = torchvision.list_models(module=torchvision)
+    if name not in known:
+        raise SettingError(nearest(name, known, "torchvision model"))
+    return torchvision.get_model(name, weights=None)

@@ -1,0 +1,144 @@
+"""What a converted model remembers, and how a block finds the state that the block before it left.
+
+The carried tensor x travels through the model's own loop as it always did. The rest of the state (the velocity)
+travels in a **link**: who returned which tensor, and the hidden streams that belong to it. Links live in a **scope**,
+one for each running call of the container whose forward holds the loop, so that nothing outlives the call.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from reversa.engine import Engine, Steps
+from reversa.errors import StateChanged
+from reversa.schemes import Scheme, State
+
+Between = Literal["error", "carry"]
+
+
+@dataclass(eq=False)
+class Stage:
+    """A run of converted blocks: what they share. It refers to no module and to no tensor of a call."""
+
+    name: str
+    scheme: Scheme
+    engine: Engine
+    length: int
+    between: Between = "error"
+    _loose: dict[int, list[Link]] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loose": {}}  # links belong to running calls, not to copies
+
+    def loose(self) -> list[Link]:
+        """Links of blocks that are called outside any container's forward, in this thread."""
+        return self._loose.setdefault(threading.get_ident(), [])
+
+
+@dataclass(eq=False)
+class Place:
+    """Where a converted block stands; kept in the block itself."""
+
+    stage: Stage
+    index: int
+    name: str
+    key: int | str
+    compiled: dict[str, Any] | None = None
+
+
+class Link:
+    """One pass over a stage, between two of its blocks."""
+
+    __slots__ = ("__weakref__", "alias", "hidden", "index", "ref", "steps", "version")
+
+    def __init__(self, index: int, state: State, steps: Steps) -> None:
+        x = state[0]
+        self.index = index
+        self.ref = weakref.ref(x)
+        self.alias = x.detach()
+        self.version = None if x.is_inference() else x._version
+        self.hidden = state[1:]  # with their graph
+        self.steps = steps
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether x *is* what the block returned: the same memory, seen in the same way, not written to since.
+
+        Not the same object: FSDP2 and hooks wrap a tensor anew. Not the same graph node: ``detach()`` has none, and the
+        state goes on with the value alone; gradients follow the tensors really passed.
+        """
+        if x is not self.ref():
+            if x.is_nested or self.alias.is_nested or _geometry(x) != _geometry(self.alias):
+                return False
+        return self.version is None or x.is_inference() or x._version == self.version
+
+
+def _geometry(t: Tensor) -> tuple[Any, ...]:
+    return t.untyped_storage()._cdata, t.shape, t.stride(), t.storage_offset(), t.dtype, t.device
+
+
+_Scope = dict[Stage, list[Link]]
+_scope: ContextVar[_Scope | None] = ContextVar("reversa_scope", default=None)
+
+
+@contextmanager
+def scope() -> Iterator[None]:
+    """Links made inside live until it is left; then their chains are complete."""
+    links: _Scope = {}
+    token = _scope.set(links)
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+        for link in (link for stage in links.values() for link in stage):
+            link.steps.end()
+
+
+def take_link(place: Place, x: Tensor) -> Link | None:
+    """The pass that this block continues; None where a new pass begins with it.
+
+    Raises:
+        StateChanged: x is not what an earlier block of the stage returned.
+    """
+    stage, inside = place.stage, _scope.get()
+    links = stage.loose() if inside is None else inside.get(stage, [])
+    for link in links:
+        if link.index < place.index and link.holds(x):
+            links.remove(link)
+            return link
+    if place.index == 0 or (inside is not None and stage not in inside):
+        return None  # the first block; or the blocks before it were skipped in this call (LayerDrop)
+    if links and links[-1].index < place.index and stage.between == "carry":
+        link = links.pop()
+        link.steps.end()
+        link.steps = stage.engine.begin(stage.scheme, stage.length)
+        return link
+    before = f"block {links[-1].index}" if links else "the block before it"
+    raise StateChanged(
+        f"{place.name} (block {place.index} of stage {stage.name!r}) was not given the tensor that {before} returned: "
+        "it was computed from it, changed in place, used twice, or the block was called on its own. Leave these "
+        "blocks out of the stages, call the model as a whole, or convert(..., between='carry') to let the velocity go on."
+    )
+
+
+def leave_link(place: Place, state: State, steps: Steps) -> None:
+    """Leave the state for the block that comes next."""
+    link, inside = Link(place.index, state, steps), _scope.get()
+    if inside is not None:
+        inside.setdefault(place.stage, []).append(link)
+        return
+    links, weak = place.stage.loose(), weakref.ref(link)
+
+    def forget(_: Any) -> None:  # outside a container's call the velocity lives as long as x does
+        if (link := weak()) in links:
+            links.remove(link)  # type: ignore[arg-type]
+
+    link.ref = weakref.ref(state[0], forget)
+    links.append(link)

@@ -1,0 +1,71 @@
+"""The update rules once more, straight from the papers, over ordinary autograd with stored activations.
+
+Nothing here knows the library: what a reversible chain computes is held against these lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Rule = Callable[..., Any]
+
+
+def carried(output: Any, like: Tensor) -> Tensor:
+    """The tensor that goes on: the first of a tuple, in the state's data type (autocast makes narrower ones)."""
+    return (output[0] if isinstance(output, tuple) else output).to(like.dtype)
+
+
+def rejoin(output: Any, y: Tensor) -> Any:
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def momentum(fs: Sequence[Rule], x: Tensor, *args: Any, gamma: float = 0.9, init: Rule | None = None, **kw: Any) -> Any:
+    """Sander et al. 2021, eq. 3: v' = gamma v + (1 - gamma) f(x), x' = x + v'."""
+    v = torch.zeros_like(x) if init is None else init(x)
+    output = None
+    for f in fs:
+        output = f(x, *args, **kw)
+        v = gamma * v + (1 - gamma) * carried(output, x)
+        x = x + v
+    return rejoin(output, x)
+
+
+def revnet(fs: Sequence[Rule], x: Tensor, *args: Any, dim: int = 1, **kw: Any) -> Any:
+    """Gomez et al. 2017, eq. 6: y1 = x1 + F(x2), y2 = x2 + G(y1)."""
+    x1, x2 = x.chunk(2, dim)
+    output = None
+    for big_f, big_g in zip(fs[::2], fs[1::2], strict=True):
+        y1 = x1 + carried(big_f(x2, *args, **kw), x)
+        output = big_g(y1, *args, **kw)
+        y2 = x2 + carried(output, x)
+        x1, x2 = y1, y2
+    return rejoin(output, torch.cat([x1, x2], dim))
+
+
+def additive(fs: Sequence[Rule], x: Tensor, *args: Any, dim: int = 1, **kw: Any) -> Any:
+    """Dinh et al. 2014, 3.2: y1 = x1, y2 = x2 + m(x1); the next layer has the halves the other way round."""
+    x1, x2 = x.chunk(2, dim)
+    output = None
+    for i, m in enumerate(fs):
+        fixed, moved = (x1, x2) if i % 2 == 0 else (x2, x1)
+        output = m(fixed, *args, **kw)
+        moved = moved + carried(output, x)
+        x1, x2 = (fixed, moved) if i % 2 == 0 else (moved, fixed)
+    return rejoin(output, torch.cat([x1, x2], dim))
+
+
+class Plain(nn.Module):
+    """A rule over the functions of a ``ReversibleSequence``, under the same parameter names."""
+
+    def __init__(self, blocks: nn.ModuleList, rule: Rule) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.rule = rule
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        fs = [f for block in self.blocks for f in (block if isinstance(block, nn.ModuleList) else [block])]
+        return self.rule(fs, x, *args, **kwargs)

@@ -1,0 +1,229 @@
+"""Schemes are formulas: the forward is the papers', the inverse undoes it, and what each declares is true."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+
+import oracle
+import pytest
+import torch
+from cases import CASES, Case, error, mlp
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import reversa
+from reversa.errors import SettingError, StateError
+from reversa.schemes import SCHEMES, Momentum, Scheme, round_trip, run, run_back, scheme_named
+
+every = pytest.mark.parametrize("name", CASES)
+
+
+def functions(depth: int = 50, width: int = 6) -> list[nn.Module]:
+    return [mlp(width).double().requires_grad_(False) for _ in range(depth)]
+
+
+@every
+def test_the_formula_is_the_papers(name):
+    case, fs = CASES[name], functions(7 - 1)
+    x = case.input(4, 6)
+    y = case.scheme.close(run(case.scheme, fs, case.scheme.open(x)))
+    assert error(y, case.rule(fs, x)) < 1e-14
+
+
+@pytest.mark.parametrize("init", [False, True])
+@every
+def test_round_trip_at_depth_50(name, init):
+    case, fs = CASES[name], functions()
+    state = tuple(torch.randn(4, 6).double() for _ in range(2)) if init else case.scheme.open(case.input(4, 6).detach())
+    assert round_trip(case.scheme, fs, state) < 1e-12
+    after = run(case.scheme, fs, state)
+    assert all(not torch.equal(a, b) for a, b in zip(after, state, strict=True))  # it went somewhere
+
+
+@every
+def test_inverse_then_forward(name):
+    """The inverse is defined on every state, not only on those that the forward reaches."""
+    case, fs = CASES[name], functions(10)
+    state = tuple(torch.randn(4, 6).double() for _ in range(2))
+    there_and_back = run(case.scheme, fs, run_back(case.scheme, fs, state))
+    assert all(error(a, b) < 1e-12 for a, b in zip(there_and_back, state, strict=True))
+
+
+@every
+def test_one_evaluation_in_each_direction(name):
+    case, calls = CASES[name], []
+
+    def f(x):
+        calls.append(x)
+        return x.sin()
+
+    state = case.scheme.open(case.input(2, 4))
+    after = run(case.scheme, [f] * 6, state)
+    assert len(calls) == 6
+    run_back(case.scheme, [f] * 6, after)
+    assert len(calls) == 12
+    for there, back in zip(calls[:6], reversed(calls[6:]), strict=True):
+        assert error(back, there) < 1e-12
+
+
+@every
+def test_a_step_saves_nothing_for_the_backward_pass(name):
+    """DESIGN: no operation of a scheme keeps a tensor of the state's size."""
+    case, saved = CASES[name], []
+    state = case.scheme.open(case.input(4, 6))
+    value = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        after = case.scheme.forward(state, value, 0)
+        argument, rest = case.scheme.uncover(after, 0)
+        case.scheme.inverse(argument, rest, value, 0)
+        case.scheme.close(after)
+    assert [shape for shape in saved if shape.numel() > 1] == []
+
+
+@every
+def test_steps_do_not_change_what_they_are_given(name):
+    case = CASES[name]
+    state, value = case.scheme.open(case.input(4, 6).detach()), torch.randn(4, 6).double()
+    before = [t.clone() for t in (*state, value)]
+    after = case.scheme.forward(state, value, 0)
+    kept = [t.clone() for t in after]
+    argument, rest = case.scheme.uncover(after, 0)
+    case.scheme.inverse(argument, rest, value, 0)
+    assert all(map(torch.equal, (*state, value), before))
+    assert all(map(torch.equal, after, kept))
+
+
+@every
+def test_second_derivatives_of_a_step(name):
+    case = CASES[name]
+
+    def whole(x, w):
+        return case.scheme.close(run(case.scheme, [lambda x: (x * w).tanh()] * 4, case.scheme.open(x)))
+
+    x, w = case.input(2, 2), torch.randn(2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(whole, (x, w))
+    assert torch.autograd.gradgradcheck(whole, (x, w))
+
+
+# ---------------------------------------------------------------------- what a scheme declares
+
+
+@pytest.mark.parametrize("cls", SCHEMES.values(), ids=SCHEMES)
+def test_declarations(cls):
+    scheme = cls()
+    assert issubclass(cls, Scheme)
+    assert cls.source
+    assert ":math:" in cls.__doc__ or ".. math::" in cls.__doc__
+    assert ">>>" in cls.__doc__
+    assert cls.functions_per_block in (1, 2)
+    assert len(scheme.open(torch.randn(2, 4))) == cls.num_streams
+    assert scheme == cls()
+    assert hash(scheme) == hash(cls())
+    assert repr(scheme).startswith(cls.__name__)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        scheme.dim = 3
+
+
+@pytest.mark.parametrize(("name", "functions", "lossless"), [("momentum", 1, False), ("revnet", 2, True), ("additive", 1, True)])
+def test_what_the_first_families_declare(name, functions, lossless):
+    scheme = SCHEMES[name]()
+    assert (scheme.functions_per_block, scheme.lossless) == (functions, lossless)
+    assert Momentum(1.0).lossless
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.5, 0.8])
+def test_amplification_is_measured(gamma):
+    """A disturbance of the velocity grows by 1 / gamma in every inverse step."""
+    scheme, zero = Momentum(gamma), torch.zeros(3, dtype=torch.float64)
+    state = (zero, torch.full_like(zero, 1e-3))
+    back = run_back(scheme, [torch.zeros_like] * 10, state)
+    assert float(back[1][0] / 1e-3) == pytest.approx(scheme.amplification**10)
+
+
+def test_drift_laws():
+    eps = 2.0**-23
+    assert Momentum(0.9).drift(64, eps) == pytest.approx(eps * 0.9**-64)
+    assert Momentum(0.5).drift(10**6, eps) == math.inf
+    for scheme in (reversa.RevNet(), reversa.AdditiveCoupling(), Momentum(1.0)):  # errors add up, and no more
+        assert eps <= scheme.drift(1000, eps) <= 1000 * eps
+    for scheme in (Momentum(0.9), reversa.RevNet()):
+        laws = [scheme.drift(steps, eps) for steps in range(1, 100)]
+        assert laws == sorted(laws)
+
+
+# ---------------------------------------------------------------------- momentum
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.999, 0.5, 1e-3, 1e-8])
+def test_every_gamma_in_its_range(gamma):
+    case, fs = Case(Momentum(gamma), partial(oracle.momentum, gamma=gamma)), functions(5)
+    x = case.input(4, 6)
+    assert error(case.sequence(fs)(x), case.rule(fs, x)) < 1e-13
+
+
+@pytest.mark.parametrize("gamma", [0.0, -0.5, 1.0 + 1e-9, 2, float("nan"), float("inf")])
+def test_every_gamma_outside(gamma):
+    with pytest.raises(SettingError, match=r"gamma must lie in \(0, 1\], got"):
+        Momentum(gamma)
+
+
+def test_a_small_gamma_is_the_plain_residual_network():
+    fs, x = functions(5), torch.randn(4, 6).double()
+    y = x
+    for f in fs:
+        y = y + f(y)
+    assert error(reversa.ReversibleSequence(fs, Momentum(1e-9))(x), y) < 1e-7
+
+
+def test_a_learned_first_velocity():
+    init, x = nn.Linear(6, 6), torch.randn(4, 6)
+    scheme = Momentum(0.9, init=init)
+    assert torch.equal(scheme.open(x)[1], init(x))
+    assert scheme.modules() == (init,)
+    with pytest.raises(SettingError, match="init must be 'zero' or a module"):
+        Momentum(0.9, init="random")
+
+
+# ---------------------------------------------------------------------- couplings
+
+
+@pytest.mark.parametrize("name", ["revnet", "additive"])
+def test_odd_and_missing_dimensions(name):
+    with pytest.raises(StateError, match=r"two equal streams.*\(2, 5\).*odd"):
+        SCHEMES[name]().open(torch.randn(2, 5))
+    with pytest.raises(StateError, match=r"dim=3.*\(2, 4\)"):
+        SCHEMES[name](dim=3).open(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("name", ["revnet", "additive"])
+def test_couplings_preserve_volume(name):
+    fs = functions(4, width=2)
+    x = torch.randn(1, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: CASES[name].sequence(fs)(x), x).view(4, 4)
+    assert float(torch.linalg.det(jacobian).abs()) == pytest.approx(1, abs=1e-12)
+
+
+def test_names():
+    assert scheme_named("momentum") is Momentum
+    with pytest.raises(SettingError, match=r"unknown scheme 'revnett'\. Did you mean: revnet\?"):
+        scheme_named("revnett")
+    with pytest.raises(SettingError, match="Known: .*momentum"):
+        scheme_named("qqq")
+
+
+@given(
+    name=st.sampled_from(sorted(SCHEMES)),
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    depth=st.integers(1, 12),
+    gamma=st.floats(0.3, 1.0),
+    seed=st.integers(0, 1000),
+)
+def test_any_state_round_trips(name, shape, depth, gamma, seed):
+    torch.manual_seed(seed)
+    scheme = Momentum(gamma) if name == "momentum" else SCHEMES[name]()
+    state = tuple(torch.randn(*shape, dtype=torch.float64) for _ in range(2))
+    fs = [lambda x, w=float(w): (w * x).sin() for w in torch.randn(depth)]
+    assert round_trip(scheme, fs, state) < 1e-12 * scheme.amplification**depth
