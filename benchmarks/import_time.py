@@ -1,6 +1,6 @@
 """How much longer does `import reversa` take than `import torch`? Fresh processes in turn; the target is 0.1 s.
 
-    python benchmarks/import_time.py
+Run it with ``python benchmarks/import_time.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main() -> None:
     )
     table.show()
     notes = f"{rounds} rounds; in each a fresh process imports torch, another one reversa (which imports torch)."
-    report.write("import_time", "How much longer does import reversa take than import torch?", "cpu", [table], notes, ())
+    question = "How much longer does `import reversa` take than `import torch`?"
+    report.write("import_time", question, "cpu", [table], notes, ())
 
 
 if __name__ == "__main__":

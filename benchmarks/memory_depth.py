@@ -11,16 +11,16 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 
-import report
 import torch
-from contestants import pairs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from workloads import conv
 
+import report
 import reversa
+from contestants import pairs
 from reversa.errors import import_extra
 from reversa.memory import LiveBytes
+from workloads import conv
 
 GAMMA = 0.9
 MIB = 2**20
@@ -56,7 +56,7 @@ def revnet(functions: Sequence[nn.Module], _: int) -> Callable[[Tensor], Tensor]
 CURVES = [
     ("residual network, activations stored", stored, 1, "#000000", "o"),
     ("the same, a checkpoint at every block", checkpointed, 1, "#E69F00", "s"),
-    (f"Reversa, Momentum({GAMMA})", momentum, 1, "#0072B2", "^"),
+    (f"Reversa, Momentum({GAMMA})", momentum, 1, "#0072B2", "^"),  # keeps a state wherever float would drift
     ("Reversa, RevNet", revnet, 2, "#009E73", "D"),
 ]
 
@@ -73,14 +73,16 @@ def peak(network: Callable, share: int, depth: int, channels: int, size: int, ba
 
 
 def draw(depths: Sequence[int], curves: dict[str, list[int]], workload: str) -> None:
+    interval = reversa.Invert().interval(reversa.Momentum(GAMMA), depths[-1], torch.float32, torch.float32)
     import_extra("matplotlib", "plot").use("Agg")
     plt = import_extra("matplotlib.pyplot", "plot")
     with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(figsize=(7.2, 4.3), dpi=160, layout="constrained")
         for name, _, _, colour, marker in CURVES:
+            label = name if "Momentum" not in name else f"{name},\na state kept every {interval} steps"
             values = [value / MIB for value in curves[name]]
             axes.plot(depths, values, color=colour, marker=marker, markersize=5, linewidth=1.8)
-            axes.annotate(name, (depths[-1], values[-1]), xytext=(8, 0), textcoords="offset points", color=colour,
+            axes.annotate(label, (depths[-1], values[-1]), xytext=(8, 0), textcoords="offset points", color=colour,
                           va="center", fontsize=10, annotation_clip=False)  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
@@ -92,7 +94,7 @@ def draw(depths: Sequence[int], curves: dict[str, list[int]], workload: str) -> 
         axes.grid(axis="y", color="#dddddd", linewidth=0.7)
         axes.set_xlabel("residual functions")
         axes.set_title("Peak memory of a training step, parameters and gradients aside", loc="left", fontsize=12)
-        axes.text(0, -0.2, workload, transform=axes.transAxes, fontsize=8.5, color="#555555")
+        axes.text(0, -0.2, workload, transform=axes.transAxes, fontsize=7.5, va="top", color="#555555")
         report.IMAGES.mkdir(parents=True, exist_ok=True)
         figure.savefig(report.IMAGES / "memory_vs_depth.png")
 
@@ -104,13 +106,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     shape = args.channels, args.size, args.batch
     curves = {
         name: [peak(network, share, depth, *shape) for depth in args.depths] for name, network, share, _, _ in CURVES
     }
     workload = (
-        f"conv-BatchNorm-ReLU-conv-BatchNorm, {args.channels} channels, {args.size} x {args.size} pixels, batch {args.batch}, "
-        f"float32: a tensor is {args.batch * args.channels * args.size**2 * 4 / MIB:g} MiB"
+        f"conv-BatchNorm-ReLU-conv-BatchNorm, {args.channels} channels, {args.size} x {args.size} pixels, "
+        f"batch {args.batch}, "
+        f""
+        f"float32: an activation is {args.batch * args.channels * args.size**2 * 4 / MIB:g} MiB. "
+        f"RevNet: two streams of {args.channels // 2} channels"
     )
     table = report.Table(
         "Peak MiB",

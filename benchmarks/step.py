@@ -1,7 +1,7 @@
 """What does a training step cost, in time and in memory? Reversa, PyTorch's checkpoint, and the published packages.
 
-    python benchmarks/step.py            # minutes
-    python benchmarks/step.py --quick    # a minute
+python benchmarks/step.py            # minutes
+python benchmarks/step.py --quick    # a minute
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import report
 import torch
-from contestants import CONTESTANTS, Contestant, Network
 from torch import Tensor, nn
-from workloads import QUICK, TIMED, Workload, memory_workload
 
+import report
+from contestants import CONTESTANTS, Contestant, Network
 from reversa.errors import MissingExtra
 from reversa.memory import LiveBytes
+from workloads import QUICK, TIMED, Workload, memory_workload
 
 SCHEMES = ("momentum", "revnet")
 DEPTHS = (8, 32)
@@ -204,7 +204,9 @@ def verdicts(rows: dict[tuple[str, str], Row], workloads: Sequence[str]) -> str:
                 f"Invert(keep=1) {keep:.3f} ({keep / floor - 1:+.1%}), floor {floor:.3f}, {beside}"
             )
         for loss in LOSSES:
-            peaks = {name: row.memory[loss, DEPTHS[-1]][0] for (name, s), row in rows.items() if s == scheme and row.memory}
+            peaks = {
+                name: row.memory[loss, DEPTHS[-1]][0] for (name, s), row in rows.items() if s == scheme and row.memory
+            }
             lean = min(((peaks[peer], peer) for peer in peers if peer in peaks), default=None)
             beside = f"leanest peer {lean[1]} {lean[0]:.2f}" if lean else "no peer is installed"
             lines.append(f"- {scheme}, peak with {loss}: Invert() {peaks['Reversa Invert()']:.2f} tensors, {beside}")

@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, x_BLD: Tensor) -> Tensor:
         q_BHLE, k_BHLE, v_BHLE = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm(x_BLD)).chunk(3, -1)
         )

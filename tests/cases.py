@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import oracle
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import oracle
 import reversa
 from reversa import Invert, Offload, Recompute, Store
 from reversa.schemes import Scheme
@@ -122,6 +122,18 @@ class WithExtra(nn.Module):
         return self.body(x), self.side(x).sigmoid(), None, 7
 
 
+class Function(nn.Module):
+    """A residual function that does something else besides."""
+
+    def __init__(self, besides=None, width: int = 6) -> None:
+        super().__init__()
+        self.body, self.besides = mlp(width), besides
+
+    def forward(self, x, *args):
+        y = self.body(x)
+        return y if self.besides is None else self.besides(self, x, y)
+
+
 @dataclass(frozen=True)
 class Family:
     """How to make one residual function, the shape of its stream, and its extra arguments."""
@@ -165,7 +177,9 @@ def loss_of(output: Any) -> Tensor:
     return loss
 
 
-def step(rule: Callable[..., Any], fs: Sequence[nn.Module], x: Tensor, *args: Any, seed: int = 5, **kwargs: Any) -> Result:
+def step(
+    rule: Callable[..., Any], fs: Sequence[nn.Module], x: Tensor, *args: Any, seed: int = 5, **kwargs: Any
+) -> Result:
     """One training step over copies of everything: outputs, all gradients, buffers, and the generator's next draw."""
     module, x, args, kwargs = copy.deepcopy((nn.ModuleList(fs), x, args, kwargs))
     torch.manual_seed(seed)

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from cases import CASES, ENGINES, mlp
 from torch import nn
 
 import reversa
+from cases import CASES, ENGINES, mlp
 from reversa import errors
 from reversa.errors import BlockError, MissingExtra, ReversaError, SettingError, StateError
 

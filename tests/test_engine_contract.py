@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-import oracle
 import pytest
 import torch
-from cases import CASES, DEPTH, ENGINES, FAMILIES, TOLERANCE, Case, assert_same, mlp, step
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import oracle
 import reversa
+from cases import CASES, DEPTH, ENGINES, FAMILIES, TOLERANCE, Case, assert_same, mlp, step
 from reversa.schemes import SCHEMES, Scheme
 
 
@@ -111,10 +111,8 @@ def test_memory_layouts(case, layout):
 )
 def test_any_shape_depth_and_gamma(name, engine, gamma, depth, batch, width, seed):
     torch.manual_seed(seed)
-    if name == "momentum":
-        case = Case(reversa.Momentum(gamma), partial(oracle.momentum, gamma=gamma))
-    else:
-        case = CASES[name]
+    momentum = Case(reversa.Momentum(gamma), partial(oracle.momentum, gamma=gamma))
+    case = momentum if name == "momentum" else CASES[name]
     fs = [mlp(width).double() for _ in range(depth * case.scheme.functions_per_block)]
     x = case.input(batch, width)
     assert_same(step(case.with_engine(ENGINES[engine]), fs, x), step(case.rule, fs, x), 1e-9)

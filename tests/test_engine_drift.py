@@ -6,15 +6,15 @@ import math
 import warnings
 from functools import partial
 
-import oracle
 import pytest
 import torch
-from cases import CASES, Case, gradients, step
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import oracle
 import reversa
+from cases import CASES, Case, gradients, step
 from reversa import Invert, Momentum
 from reversa.errors import DriftError, DriftWarning
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import oracle
 import pytest
 import torch
-from cases import CASES, ENGINES, INVERTERS, Case, assert_same, gradients, loss_of, mlp
 from torch import nn
 
+import oracle
 import reversa
+from cases import CASES, ENGINES, INVERTERS, Case, assert_same, gradients, loss_of, mlp
 from reversa.errors import BlockError, ReversaError, SettingError
 
 STEPWISE = {name: engine for name, engine in ENGINES.items() if name != "recompute3"}

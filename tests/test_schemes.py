@@ -6,15 +6,15 @@ import dataclasses
 import math
 from functools import partial
 
-import oracle
 import pytest
 import torch
-from cases import CASES, Case, error, mlp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import oracle
 import reversa
+from cases import CASES, Case, error, mlp
 from reversa.errors import SettingError, StateError
 from reversa.schemes import SCHEMES, Momentum, Scheme, round_trip, run, run_back, scheme_named
 
@@ -127,7 +127,9 @@ def test_declarations(cls):
         scheme.dim = 3
 
 
-@pytest.mark.parametrize(("name", "functions", "lossless"), [("momentum", 1, False), ("revnet", 2, True), ("additive", 1, True)])
+@pytest.mark.parametrize(
+    ("name", "functions", "lossless"), [("momentum", 1, False), ("revnet", 2, True), ("additive", 1, True)]
+)
 def test_what_the_first_families_declare(name, functions, lossless):
     scheme = SCHEMES[name]()
     assert (scheme.functions_per_block, scheme.lossless) == (functions, lossless)
@@ -210,7 +212,7 @@ def test_names():
     assert scheme_named("momentum") is Momentum
     with pytest.raises(SettingError, match=r"unknown scheme 'revnett'\. Did you mean: revnet\?"):
         scheme_named("revnett")
-    with pytest.raises(SettingError, match="Known: .*momentum"):
+    with pytest.raises(SettingError, match=r"Known: .*momentum"):
         scheme_named("qqq")
 
 

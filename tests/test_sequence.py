@@ -8,11 +8,11 @@ import pickle
 
 import pytest
 import torch
-from cases import CASES, DEPTH, ENGINES, WithExtra, assert_same, conv, error, gradients, loss_of, mlp
-from oracle import Plain
 from torch import nn
 
 import reversa
+from cases import CASES, DEPTH, ENGINES, WithExtra, assert_same, conv, error, gradients, loss_of, mlp
+from oracle import Plain
 from reversa.schemes import SCHEMES
 
 NAMES = ["momentum", "revnet", "additive"]

@@ -1,6 +1,7 @@
 """Reversa: deep residual networks whose activation memory does not grow with depth."""
 
-from reversa import errors, schemes
+from reversa import errors, models, schemes
+from reversa.convert import convert, explain, restore
 from reversa.engine import Invert, Offload, Recompute, Store, is_replaying
 from reversa.errors import ReversaError
 from reversa.schemes import AdditiveCoupling, Momentum, RevNet
@@ -18,7 +19,11 @@ __all__ = [
     "ReversaError",
     "ReversibleSequence",
     "Store",
+    "convert",
     "errors",
+    "explain",
     "is_replaying",
+    "models",
+    "restore",
     "schemes",
 ]

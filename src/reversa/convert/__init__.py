@@ -12,7 +12,14 @@ from reversa.convert.example import example_inputs, same_class_runs
 from reversa.convert.find import Findings, FoundStage, find_stages
 from reversa.convert.report import Explanation, StageReport
 from reversa.convert.stage import Between, Place, Stage
-from reversa.convert.switch import is_switched, place_of, switch_back, switch_block, switch_container
+from reversa.convert.switch import (
+    is_switched,
+    place_of,
+    refuse_unswitchable,
+    switch_back,
+    switch_block,
+    switch_container,
+)
 from reversa.engine import Engine, Invert
 from reversa.errors import ConversionError, SettingError, nearest
 from reversa.schemes import Momentum, Scheme
@@ -34,7 +41,7 @@ def convert(
     """Make the residual stages of a model reversible, in place: same modules, same parameters, same ``state_dict``.
 
     Every block of a stage then takes one step of a chain with ``f(x) = block(x) - x``: for Momentum
-    ``v' = gamma v + (1 - gamma) f(x)``, ``x' = x + v'``. The smaller gamma is, the nearer the model stays to the original.
+    ``v' = gamma v + (1 - gamma) f(x)``, ``x' = x + v'``. The smaller gamma is, the less the model changes.
     A block that changes the shape stays as it is.
 
     Args:
@@ -66,10 +73,12 @@ def convert(
     findings = find(model, example)
     chosen = _choose(findings, stages)
     modules = dict(model.named_modules())
+    for name in (name for found in chosen for name in found.blocks):
+        refuse_unswitchable(modules[name], name)
     for found in chosen:
         stage = Stage(found.name, scheme, engine, len(found.blocks), between)
         for index, name in enumerate(found.blocks):
-            switch_block(modules[name], Place(stage, index, name, found.key))
+            switch_block(modules[name], Place(stage, index, name, found.key, guessed=found.shape is None))
         for container in _containers(modules, found.blocks[0]):
             switch_container(container)
     unchosen = [(found.name, "not among the stages asked for") for found in findings.stages if found not in chosen]
@@ -133,7 +142,8 @@ def _report(found: FoundStage, length: int, kept: str, model: nn.Module) -> Stag
     note = ""
     if found.after:
         note = (
-            f"the block ends with {', '.join(found.after)} after its residual addition; the carried tensor does not pass "
+            f"the block ends with {', '.join(found.after)} after its residual addition; the carried tensor does not "
+            f"pass "
             "through it any more, so pretrained weights need fine-tuning"
         )
     return StageReport(found.name, found.blocks, kind, found.shape, kept, note)
@@ -157,6 +167,7 @@ def _check_settings(model: nn.Module, scheme: Scheme, engine: Engine, exact: boo
         )
     if exact:
         raise SettingError("exact=True is not in this version; Invert(anchors='auto') keeps the drift below 1e-4")
+    engine.begin(scheme, 1)  # refuses what cannot be made step by step
     if between not in ("error", "carry"):
         raise SettingError(f"between must be 'error' or 'carry', got {between!r}")
     if _is_converted(model):
@@ -167,12 +178,15 @@ def _choose(findings: Findings, stages: Literal["auto"] | Sequence[str]) -> list
     if not findings.stages:
         reasons = "".join(f"\n  {block.name}: {block.reason}" for block in findings.left[:8])
         raise ConversionError(
-            "no convertible stage was found. A stage is a run of at least two blocks in which each one's output is the next "
+            "no convertible stage was found. A stage is a run of at least two blocks in which each one's output is the "
+            "next "
             f"one's input, of one shape and data type, with parameters and a residual addition.{reasons}"
         )
     if stages == "auto":
         return list(findings.stages)
     names = [found.name for found in findings.stages]
+    if isinstance(stages, str) or not stages:
+        raise SettingError(f"stages must be 'auto' or a list of names from {names}, got {stages!r}")
     for name in stages:
         if name not in names:
             raise SettingError(nearest(name, names, "stage"))

@@ -42,8 +42,8 @@ def example_inputs(model: nn.Module, example: Any = None) -> Inputs | None:
     if same_class_runs(model).stages:
         return None
     raise ConversionError(
-        f"Finding the stages needs one forward pass, and nothing tells which inputs {type(model).__name__} takes. "
-        "Pass example=: a tensor, a tuple of arguments or a dictionary of keyword arguments. Only shapes and types count."
+        f"Finding the stages needs one forward pass, and nothing tells which inputs {type(model).__name__} takes. Pass "
+        "example=: a tensor, a tuple of arguments or a dictionary of keyword arguments. Only shapes and types count."
     )
 
 
@@ -137,8 +137,7 @@ def _torchvision(model: nn.Module) -> Inputs | None:
     if not _comes_from(model, "torchvision.models") or _comes_from(model, "torchvision.models.detection"):
         return None
     if _comes_from(model, "torchvision.models.video"):
-        frames, *size = *getattr(model, "temporal_size", (16,)), *getattr(model, "spatial_size", (112, 112))
-        return (_zeros(model, 2, 3, frames, *size),), {}
+        return (_zeros(model, 2, 3, 16, 224, 224),), {}
     side = getattr(model, "image_size", 224)
     return (_zeros(model, 2, 3, side, side),), {}
 

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from reversa.convert.record import Call, Key, Seen, record
 from reversa.convert.residual import after_addition
 
 ONE_BLOCK = "a run of one block, which would save little"
+UNCALLED = "is not called in the forward pass"
+SHARED = "is called several times in one forward pass"
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,24 @@ def find_stages(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     return Findings(stages, _left(modules, stages, verdicts))
 
 
+def why_no_block(module: nn.Module, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Why a module, called so, is no residual block that carries argument ``key``; None where it is one.
+
+    >>> why_no_block(nn.Linear(2, 2), 0, (torch.zeros(3, 2),), {})
+    'no residual addition found'
+    """
+    verdict = _block_or_reason(record(module, args, kwargs)[0], [key])
+    return verdict if isinstance(verdict, str) else None
+
+
+def why_no_residual(f: Tensor, x: Tensor) -> str | None:
+    """Why ``f = y - x``, freshly computed from x, does not come from a residual block; None where it does."""
+    y = get_gradient_edge(f).node.next_functions[0]
+    if y[0] is not None and after_addition((y[0], y[1]), tuple(get_gradient_edge(x))[:2]) is not None:
+        return None
+    return "no residual addition found"
+
+
 def stage_names(runs: list[list[str]]) -> list[str]:
     """A name for each run of blocks, given by their paths: the parent's path where that says which run is meant.
 
@@ -135,7 +156,7 @@ def _judge(calls: list[Call], modules: dict[str, nn.Module]) -> dict[str, _Block
     for call in calls:
         parent = _parent(call.name)
         if times[call.name] > 1:
-            verdicts[call.name] = f"is called {times[call.name]} times in one forward pass"
+            verdicts[call.name] = SHARED
         elif call.name and has_parameters(modules[call.name]):
             # Of several arguments that fit, the carried one is what a sibling gave on; else the first.
             foreign = {key: (parent, id(seen.tensor)) not in given_on for key, seen in call.inputs.items()}
@@ -161,7 +182,11 @@ def _block_or_reason(call: Call, keys: list[Key]) -> _Block | str:
         after = after_addition(gave.edge, given.edge) if gave.edge and given.edge else None
         if after is not None:
             return "changes its input in place" if key in call.writes else _Block(call.name, key, given, gave, after)
-    return "no residual addition found" if call.output.edge else "runs without gradients"
+    if call.output.edge is None:
+        return "runs without gradients"
+    if any(call.inputs[key].edge for key in fitting):
+        return "no residual addition found"
+    return "is given a tensor without gradient, from which no residual addition can be seen"
 
 
 def _misfit(given: Seen, gave: Seen) -> str:
@@ -218,19 +243,20 @@ def _left(
 ) -> tuple[LeftBlock, ...]:
     """Modules that look like blocks and are in no stage: neither inside nor around one, nor inside one another.
 
-    What looks like a block is composite, and of the class of some block or of a sibling.
+    What looks like a block is composite, and either of the class of a block or of a sibling, or stands beside a stage,
+    or is used several times.
     """
     composite = {name: module for name, module in modules.items() if name and is_composite(module)}
     kinds = {type(module) for name, module in composite.items() if isinstance(verdicts.get(name), _Block)}
     siblings = Counter((_parent(name), type(module)) for name, module in composite.items())
     taken = [name for stage in stages for name in stage.blocks]
+    beside = set(map(_parent, taken))
     left: list[LeftBlock] = []
     for name, module in composite.items():
-        verdict = verdicts.get(name, "is not called in the forward pass")
-        if type(module) not in kinds and siblings[_parent(name), type(module)] == 1:
-            continue
+        verdict, parent = verdicts.get(name, UNCALLED), _parent(name)
+        told = type(module) in kinds or siblings[parent, type(module)] > 1 or parent in beside or verdict == SHARED
         nested = [*taken, *(block.name for block in left)]
-        if not any(_is_within(name, other) or _is_within(other, name) for other in nested):
+        if told and not any(_is_within(name, other) or _is_within(other, name) for other in nested):
             left.append(LeftBlock(name, verdict if isinstance(verdict, str) else ONE_BLOCK))
     return tuple(left)
 

@@ -122,6 +122,8 @@ def _watch(model: nn.Module, calls: list[Call]) -> None:
         call.writes = {key for key, seen in call.inputs.items() if seen.changed}
 
     for module in names:
+        module._forward_hooks.clear()  # the user's: what they reach is not a copy
+        module._forward_pre_hooks.clear()
         module.register_forward_pre_hook(before, with_kwargs=True)
         module.register_forward_hook(after)
 

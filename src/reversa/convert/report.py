@@ -39,7 +39,8 @@ class Explanation:
         rows = [("stage", "blocks", "of", "shape", "kept for the backward pass")]
         rows += [(s.name, _span(s), s.kind, _shape(s.shape), s.kept) for s in self.stages]
         lines = [f"{head}: {self.rule}" if self.rule else head, "", *_table(rows)]
-        lines += [f"  {s.name}: {s.note}" for s in self.stages if s.note]
+        for note in dict.fromkeys(s.note for s in self.stages if s.note):
+            lines += ["", f"{', '.join(s.name for s in self.stages if s.note == note)}: {note}"]
         if self.left:
             lines += ["", "left as they are:", *_table([(name, reason) for name, reason in self.left])]
         return "\n".join(lines)

@@ -16,13 +16,14 @@ Edge = tuple[Node, int]
 
 _ADDITION = re.compile(r"(Add|Sub|Addcmul|IndexAdd)Backward\d*$")
 _SCALING = re.compile(r"(Mul|Div)Backward\d*$")
+_FACTOR = re.compile(r"AccumulateGrad|RsqrtBackward")
 _PASSING = re.compile(
-    r"(Clone|(Unsafe)?View|ReshapeAlias|Alias|Transpose|Permute|T|Contiguous|(Un)?Squeeze|Expand|Clamp(Min|Max)?|ToCopy"
-    r"|AsStrided|Movedim|Unflatten)Backward\d*$"
+    r"(Clone|(Unsafe)?View|ReshapeAlias|Alias|AsStrided|Transpose|Permute|T|(Uns|S)queeze|Expand|Clamp(Min|Max)?|ToCopy"
+    r"|NativeDropout)Backward\d*$"
 )
 _AFTER = {
-    re.compile(r"Relu|Hardtanh|Threshold|PreluKernel"): "relu",
-    re.compile(r"Gelu|Silu|Elu|Hardswish|Mish|Tanh|Sigmoid|Softplus"): "activation",
+    re.compile(r"[Rr]elu|Hardtanh|Threshold"): "relu",
+    re.compile(r"[Ee]lu|Silu|Hardswish|Hardsigmoid|Mish|Tanh|Sigmoid|Softplus"): "activation",
     re.compile(r"(Layer|Batch|Group|R[Mm][Ss]|Instance)_?[Nn]orm"): "norm",
 }
 
@@ -68,7 +69,11 @@ def _is_residual(operands: list[Edge], skip: Edge, source: Edge) -> bool:
 
 
 def _act(node: Node) -> str | None:
-    return next((act for pattern, act in _AFTER.items() if pattern.search(node.name())), None)
+    """What a node of the skip path does to the sum, if it is more than a view or a scaling."""
+    name = node.name()
+    if _SCALING.match(name) and any("Rsqrt" in operand.name() for operand, _ in _operands((node, 0))):
+        return "norm"  # written by hand: x * rsqrt(mean(x**2) + eps)
+    return next((act for pattern, act in _AFTER.items() if pattern.search(name)), None)
 
 
 def _operands(edge: Edge) -> list[Edge]:
@@ -81,9 +86,10 @@ def _skip(edge: Edge) -> list[Edge]:
     name, operands = edge[0].name(), _operands(edge)
     if _ADDITION.match(name):
         return operands
-    if _PASSING.match(name) or _act(edge[0]):
-        return operands[:1]
-    return operands if _SCALING.match(name) and len(operands) == 1 else []
+    if _SCALING.match(name):
+        scaled = [operand for operand in operands if not _FACTOR.search(operand[0].name())]
+        return scaled if len(scaled) == 1 else []
+    return operands[:1] if _PASSING.match(name) or _act(edge[0]) else []
 
 
 def _leads(start: Edge, goal: Edge, follow: Callable[[Edge], Iterable[Edge]]) -> bool:

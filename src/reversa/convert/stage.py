@@ -51,6 +51,8 @@ class Place:
     index: int
     name: str
     key: int | str
+    guessed: bool = False
+    """Found by structure alone: whether it is a residual block is seen at its first call."""
     compiled: dict[str, Any] | None = None
 
 
@@ -74,9 +76,8 @@ class Link:
         Not the same object: FSDP2 and hooks wrap a tensor anew. Not the same graph node: ``detach()`` has none, and the
         state goes on with the value alone; gradients follow the tensors really passed.
         """
-        if x is not self.ref():
-            if x.is_nested or self.alias.is_nested or _geometry(x) != _geometry(self.alias):
-                return False
+        if x is not self.ref() and (x.is_nested or self.alias.is_nested or _geometry(x) != _geometry(self.alias)):
+            return False
         return self.version is None or x.is_inference() or x._version == self.version
 
 
@@ -101,30 +102,41 @@ def scope() -> Iterator[None]:
             link.steps.end()
 
 
-def take_link(place: Place, x: Tensor) -> Link | None:
-    """The pass that this block continues; None where a new pass begins with it.
+@contextmanager
+def continued(place: Place, x: Tensor) -> Iterator[Link | None]:
+    """The pass that this block continues; None where a new pass begins with it. If the step fails, it can be tried "
+    "again.
 
     Raises:
         StateChanged: x is not what an earlier block of the stage returned.
     """
     stage, inside = place.stage, _scope.get()
     links = stage.loose() if inside is None else inside.get(stage, [])
-    for link in links:
-        if link.index < place.index and link.holds(x):
-            links.remove(link)
-            return link
-    if place.index == 0 or (inside is not None and stage not in inside):
-        return None  # the first block; or the blocks before it were skipped in this call (LayerDrop)
-    if links and links[-1].index < place.index and stage.between == "carry":
-        link = links.pop()
+    link = next((link for link in links if link.index < place.index and link.holds(x)), None)
+    if link is None and links and links[-1].index < place.index and stage.between == "carry":
+        link = links[-1]
         link.steps.end()
         link.steps = stage.engine.begin(stage.scheme, stage.length)
-        return link
+    if link is None and place.index > 0 and (inside is None or stage in inside):
+        _refuse(place, links)  # in a container's call where no block ran, those before it were skipped (LayerDrop)
+    if link is not None:
+        links.remove(link)
+    try:
+        yield link
+    except BaseException:
+        if link is not None:
+            links.append(link)
+        raise
+
+
+def _refuse(place: Place, links: list[Link]) -> None:
     before = f"block {links[-1].index}" if links else "the block before it"
     raise StateChanged(
-        f"{place.name} (block {place.index} of stage {stage.name!r}) was not given the tensor that {before} returned: "
+        f"{place.name} (block {place.index} of stage {place.stage.name!r}) was not given the tensor that {before} "
+        f"returned: "
         "it was computed from it, changed in place, used twice, or the block was called on its own. Leave these "
-        "blocks out of the stages, call the model as a whole, or convert(..., between='carry') to let the velocity go on."
+        "blocks out of the stages, call the model as a whole, or convert(..., between='carry') to let the velocity go "
+        "on."
     )
 
 

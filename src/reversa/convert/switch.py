@@ -6,6 +6,7 @@ block's input and output once, and FSDP2's gathering of parameters happens outsi
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reversa.convert.stage import Place, leave_link, scope, take_link
+from reversa.convert.find import why_no_block, why_no_residual
+from reversa.convert.stage import Place, continued, leave_link, scope
 from reversa.engine import _torch
 from reversa.engine.steps import first_tensor, with_value
 from reversa.errors import BlockError, ConversionError
@@ -36,23 +38,21 @@ def place_of(module: nn.Module) -> Place | None:
     return module.__dict__.get(PLACE)
 
 
-def switch_block(module: nn.Module, place: Place) -> None:
-    """Make a block take its step in the stage's chain.
-
-    Raises:
-        ConversionError: the block's forward cannot be redirected.
-    """
-    if "forward" in module.__dict__:
-        raise ConversionError(
-            f"{place.name}: this instance has a forward of its own (set by a hook of another library), which hides its class's. "
-            "Convert the model before such hooks are installed."
-        )
+def refuse_unswitchable(module: nn.Module, name: str) -> None:
+    """Raise :class:`ConversionError` where a block's forward cannot be redirected."""
     if isinstance(module, torch.jit.ScriptModule):
         raise ConversionError(
-            f"{place.name} is a ScriptModule, whose forward cannot be redirected. Convert, then script."
+            f"{name} is a ScriptModule, whose forward cannot be redirected. Convert first, then script."
         )
-    if is_switched(module):
-        raise ConversionError(f"{place.name} is converted already. Call reversa.restore(model) first.")
+    if "forward" in module.__dict__:
+        raise ConversionError(
+            f"{name}: this instance has a forward of its own (set by a hook of another library), which hides its "
+            "class's. Convert the model before such hooks are installed."
+        )
+
+
+def switch_block(module: nn.Module, place: Place) -> None:
+    """Make a block take its step in the stage's chain."""
     module.__class__ = _switched(type(module), _block_members)
     module.__dict__[PLACE] = place
 
@@ -124,7 +124,7 @@ def _block_members(original: type[nn.Module]) -> dict[str, Any]:
         ours = f"reversible: stage {place.stage.name}, block {place.index}" if place else ""
         return ", ".join(filter(None, (original.extra_repr(self), ours)))
 
-    def compile(self: nn.Module, **options: Any) -> None:  # noqa: A001 - nn.Module's name
+    def compile(self: nn.Module, **options: Any) -> None:
         """Compile the block as the residual function: the same code in both directions."""
         self.__dict__[PLACE].compiled = options
 
@@ -180,20 +180,43 @@ def _take_carried(
     return x, args, kwargs, key
 
 
+def _verify_guess(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, x: Tensor) -> None:
+    """After the first call of a block that was found by structure alone: is it a residual block?
+
+    Its own graph tells; without one (no gradients here), a pass of a copy on fake tensors does. Where neither can,
+    the next call is looked at.
+    """
+    place: Place = block.__dict__[PLACE]
+    residual = first_tensor(output)
+    if x.requires_grad and residual.requires_grad:
+        reason = why_no_residual(residual, x)
+    else:
+        plain = copy.copy(block)  # another thread may be using the block itself
+        switch_back(plain)
+        try:
+            reason = why_no_block(plain, place.key, args, kwargs)
+        except ConversionError:
+            return
+    if reason is not None:
+        raise ConversionError(
+            f"{place.name} was taken for a residual block because it stands in a run of modules of one class, but its "
+            f"first call shows: {reason}. Call reversa.restore(model), and convert with stages=[...] or example=."
+        )
+    place.guessed = False
+
+
 def _step(block: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One step of the stage's chain, within the model's own loop."""
     place: Place = block.__dict__[PLACE]
     stage = place.stage
-    x, args, kwargs, key = _take_carried(block, args, kwargs)
-    link = take_link(place, x)
-    if link is None:
-        state: State = stage.scheme.open(x)
-        steps = stage.engine.begin(stage.scheme, stage.length)
-    else:
-        state, steps = (x, *link.hidden), link.steps
-        del link
+    x, others, named, key = _take_carried(block, args, kwargs)
     call = original.forward if place.compiled is None else _compiled(original, tuple(sorted(place.compiled.items())))
-    state, output = steps.step(_Residual(block, call, key), state, args, kwargs, module=block)
+    with continued(place, x) as link:
+        state: State = stage.scheme.open(x) if link is None else (x, *link.hidden)
+        steps = stage.engine.begin(stage.scheme, stage.length) if link is None else link.steps
+        state, output = steps.step(_Residual(block, call, key), state, others, named, module=block)
+    if place.guessed:
+        _verify_guess(block, args, kwargs, output, x)
     leave_link(place, state, steps)
     return with_value(output, stage.scheme.close(state))
 

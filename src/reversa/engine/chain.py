@@ -28,7 +28,8 @@ _Entry = tuple[Tensor, int]
 """A captured tensor and its version then."""
 
 _CHANGED_OUTPUT = (
-    "the output of {where}, where a reversible chain ends, was changed in place before the backward pass, which starts from "
+    "the output of {where}, where a reversible chain ends, was changed in place before the backward pass, which starts "
+    "from "
     "it. Use an out-of-place operation there (for instance ReLU(inplace=False))."
 )
 
@@ -113,9 +114,12 @@ class Chain:
         return state, output
 
     def end(self) -> None:
-        """No step follows: give the latest state to autograd, where hooks of an outer chain or checkpoint see it."""
+        """No step follows: give the latest state to autograd, where hooks of an outer chain or checkpoint see it.
+
+        A state that was changed in place since its step stays here, and with it the version that tells.
+        """
         self._settle_random()
-        if self._latest is not None:
+        if self._latest is not None and all(stream._version == version for stream, version in self._latest):
             self._held = [_torch.hold(stream) for stream, _ in self._latest]
             self._latest = None
 
@@ -148,7 +152,8 @@ class Chain:
         tensor, version = entry  # type: ignore[misc]
         if tensor._version != version:
             raise ReplayError(
-                f"{self._steps[self._step_of(index)].where}: a tensor that its gradient needs is changed in place later in the "
+                f"{self._steps[self._step_of(index)].where}: a tensor that its gradient needs is changed in place "
+                f"later in the "
                 "function. Replace the in-place operation by an ordinary one."
             )
         return tensor

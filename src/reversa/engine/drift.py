@@ -65,7 +65,8 @@ def accept(scheme: Scheme, steps: int, dtype: torch.dtype, under: torch.dtype, i
     if drift <= WARN_ABOVE:
         return
     remedies = (
-        f"{steps} steps of {scheme} in {dtype} without anchors: the backward pass recovers states with a relative error of "
+        f"{steps} steps of {scheme} in {dtype} without anchors: the backward pass recovers states with a relative "
+        f"error of "
         f"about {drift:.0e}, and gradients with it. Use Invert(anchors='auto'), which keeps a state every "
         f"{anchor_interval(scheme, dtype, under)} steps; or gamma nearer to 1; or float64; or exact=True."
     )

@@ -153,7 +153,7 @@ class _RecomputeSteps(Steps):
             return plain_step(self.scheme, f, state, step, args, kwargs, where)
 
         step = self.taken
-        return _checkpointed(one, state, [Watch(module)], where)
+        return _checkpointed(one, state, [module], where)
 
     def several(
         self, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -167,12 +167,13 @@ class _RecomputeSteps(Steps):
 
         first, self.taken = self.taken, self.taken + len(fs)
         where = f"steps {first} to {self.taken - 1}"
-        return _checkpointed(some, state, [Watch(f) for f in fs], where)
+        return _checkpointed(some, state, fs, where)
 
 
-def _checkpointed(function: Any, state: State, watches: list[Watch], where: object) -> tuple[State, Any]:
+def _checkpointed(function: Any, state: State, modules: Sequence[Any], where: object) -> tuple[State, Any]:
     if not is_recording():
         return function(*state)
+    watches = [Watch(module) for module in modules]
     contexts = nullcontext(), AsRecorded(watches, where)
     result = checkpoint(function, *state, use_reentrant=False, context_fn=lambda: contexts)
     for watch in watches:

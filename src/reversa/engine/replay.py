@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from reversa.engine.conditions import RandomState, autocast_as, autocast_now
 from reversa.engine.watch import Watch
@@ -48,36 +48,53 @@ class Extras:
     autograd's nodes that no garbage collector sees. An alias shares its tensor's version counter.
     """
 
-    __slots__ = ("_recorded", "args", "kwargs")
+    __slots__ = ("_flat", "_recorded", "args", "kwargs")
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.args = args
         self.kwargs = kwargs
+        self._flat: tuple[list[Any], TreeSpec] | None = None
         self._recorded: Recorded | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.args or self.kwargs)
 
     def record(self, argument: Tensor) -> Recorded | None:
         """The arguments without their graphs, and with a placeholder where the carried tensor itself is among them."""
-        if not self:
+        if not (self.args or self.kwargs):
             return None
-        given = (self.args, dict(self.kwargs))
-        if any(leaf is argument for leaf in tree_leaves(given)):
-            return _recorded(given, argument)
+        if self._flat is None:
+            self._flat = tree_flatten((self.args, dict(self.kwargs)))
+        leaves, spec = self._flat
+        if any(leaf is argument for leaf in leaves):
+            return Recorded(leaves, spec, argument)
         if self._recorded is None:
-            self._recorded = _recorded(given, None)
+            self._recorded = Recorded(leaves, spec, None)
         return self._recorded
 
 
-Recorded = tuple[Any, list[tuple[Tensor, int]]]
-"""Positional and keyword arguments; every tensor among them with its version."""
+class Recorded:
+    """Extra arguments as detached aliases, and the versions that they had."""
 
+    __slots__ = ("leaves", "spec", "versions")
 
-def _recorded(given: Any, argument: Tensor | None) -> Recorded:
-    recorded = tree_map(lambda leaf: _alias(leaf, argument), given)
-    tensors = [leaf for leaf in tree_leaves(recorded) if isinstance(leaf, Tensor) and not leaf.is_inference()]
-    return recorded, [(tensor, tensor._version) for tensor in tensors]
+    def __init__(self, leaves: list[Any], spec: TreeSpec, argument: Tensor | None) -> None:
+        self.leaves = [_alias(leaf, argument) for leaf in leaves]
+        self.spec = spec
+        tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        self.versions = [(tensor, tensor._version) for tensor in tensors]
+
+    def given(self, argument: Tensor, where: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments for another evaluation.
+
+        Raises:
+            ReplayError: one of them was changed in place since.
+        """
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise ReplayError(
+                    f"{where}: an extra argument of shape {tuple(tensor.shape)} was changed in place between the "
+                    "forward and the backward pass. Change a copy of it, or call backward() first."
+                )
+        leaves = [argument if leaf is _ARGUMENT else leaf for leaf in self.leaves]
+        return cast(tuple[tuple[Any, ...], dict[str, Any]], tree_unflatten(leaves, self.spec))
 
 
 def _alias(leaf: Any, argument: Tensor | None) -> Any:
@@ -108,7 +125,7 @@ class Evaluation:
         Raises:
             ReplayError: a parameter, buffer or extra argument was changed in place since.
         """
-        args, kwargs = self._arguments(argument)
+        args, kwargs = ((), {}) if self.extras is None else self.extras.given(argument, self.where)
         undo: list[Callable[[], Any]] = []
         token = _replaying.set(True)
         try:
@@ -126,18 +143,6 @@ class Evaluation:
             for action in reversed(undo):
                 action()
             _replaying.reset(token)
-
-    def _arguments(self, argument: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.extras is None:
-            return (), {}
-        recorded, versions = self.extras
-        for tensor, version in versions:
-            if tensor._version != version:
-                raise ReplayError(
-                    f"{self.where}: an extra argument of shape {tuple(tensor.shape)} was changed in place between the forward "
-                    "and the backward pass. Change a copy of it, or call backward() first."
-                )
-        return tree_map(lambda leaf: argument if leaf is _ARGUMENT else leaf, recorded)
 
 
 Saved = list[tuple[torch.Size, torch.dtype, int]]
@@ -157,15 +162,18 @@ def refuse_other_tensors(
     """
     if [entry[:2] for entry in saved] != [entry[:2] for entry in expected]:
         raise ReplayError(
-            f"{evaluation.where} saved {len(expected)} tensors for its gradient in the forward pass and "
-            f"{len(saved)} {'other ' if len(saved) == len(expected) else ''}ones when it was evaluated again. It must compute "
-            "the same thing twice: look for branches on state that it changes itself, a cache, or compiled code in one "
-            "of the two evaluations only."
+            f"{evaluation.where} saved {len(expected)} tensors for its gradient in the forward pass, and "
+            f"{'others' if len(saved) == len(expected) else len(saved)} when it was evaluated again. It must compute "
+            f"the "
+            "same thing twice: look for branches on state that it changes itself, a cache, or compiled code in one of "
+            "the two evaluations only."
         )
     own = {tensor.untyped_storage()._cdata for tensor in (argument, *evaluation.stand_ins)}
     for (tensor, version), (shape, _, before) in zip(captured, expected, strict=True):
         if version != before and tensor.untyped_storage()._cdata not in own:
             raise ReplayError(
-                f"{evaluation.where}: a tensor of shape {tuple(shape)} that its gradient needs was changed in place between the "
-                "forward and the backward pass. Call backward() before changing it, or run the forward pass again."
+                f"{evaluation.where}: a tensor of shape {tuple(shape)} that its gradient needs was changed in place "
+                "between the forward and the backward pass. Call backward() before changing it, or run the forward "
+                "pass "
+                "again."
             )

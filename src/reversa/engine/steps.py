@@ -61,7 +61,8 @@ def carried_value(output: Any, argument: Tensor, where: object) -> Tensor:
     value = first_tensor(output)
     if not isinstance(value, Tensor):
         raise BlockError(
-            f"{where} returned {_kind(output)}; a reversible step needs a tensor of shape {tuple(argument.shape)}, or a tuple "
+            f"{where} returned {_kind(output)}; a reversible step needs a tensor of shape {tuple(argument.shape)}, or "
+            f"a tuple "
             "or list that begins with one. Return the residual, or leave this block out of the sequence."
         )
     if value.is_nested or argument.is_nested:
@@ -126,7 +127,9 @@ def plain_step(
 
 
 class Steps(ABC):
-    """Steps of one chain in the making: one :meth:`step` after another, each with its own arguments, then :meth:`end`."""
+    """Steps of one chain in the making: one :meth:`step` after another, each with its own arguments, then "
+    ":meth:`end`.
+    """
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme

@@ -117,7 +117,8 @@ class Watch:
         now = _held_by(self.modules)
         if len(now) != len(self.held):
             raise ReplayError(
-                f"{where}: parameters or buffers were added to it or taken from it between the forward and the backward "
+                f"{where}: parameters or buffers were added to it or taken from it between the forward and the "
+                f"backward "
                 "pass. Run the forward pass again after the change."
             )
         if not all(map(operator.is_, now, self.held)):

@@ -120,15 +120,19 @@ class LiveBytes:
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._sizes or (self._device is not None and not _same_device(storage.device, self._device)):
+        if (
+            key in self._sizes
+            or storage.device.type == "meta"
+            or (self._device is not None and not _same_device(storage.device, self._device))
+        ):
             return
         self._sizes[key] = 0
         self._storages[key] = weakref.ref(storage, lambda _: self._forget(key))
         self._measure(key)
 
     def _measure(self, key: int) -> None:
-        storage = self._storages[key]()
-        if storage is not None:
+        reference = self._storages.get(key)
+        if reference is not None and (storage := reference()) is not None:
             size = storage.nbytes()
             self._sum += size - self._sizes[key]
             self._sizes[key] = size
@@ -138,8 +142,9 @@ class LiveBytes:
         self._storages.pop(key, None)
 
     def _look_again(self) -> None:
-        for key in list(self._sizes):
-            if key in self._sizes:
+        for key, reference in list(self._storages.items()):
+            storage = reference()
+            if storage is not None and storage.nbytes() != self._sizes.get(key):
                 self._measure(key)
 
     def _leave_out_gradient(self, leaf: Tensor) -> None:

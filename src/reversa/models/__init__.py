@@ -9,18 +9,18 @@ from typing import Any
 from torch import nn
 
 from reversa.errors import SettingError, nearest
-from reversa.models.small import MomentumResNet
+from reversa.models.small import ReversibleResNet
 
 # Read by the tests, the docs and the command line: a new network is one file and one line here.
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "momentumresnet": MomentumResNet,
+    "reversibleresnet": ReversibleResNet,
 }
 
 
 def names() -> list[str]:
     """The names that :func:`create` knows.
 
-    >>> "momentumresnet" in names()
+    >>> "reversibleresnet" in names()
     True
     """
     return sorted(MODELS)
@@ -37,7 +37,7 @@ def create(name: str, num_classes: int = 10, **settings: Any) -> nn.Module:
     Raises:
         SettingError: no network has that name, or it has no such setting; the message lists the nearest ones.
 
-    >>> net = create("momentumresnet", num_classes=10, depth=6, width=8)
+    >>> net = create("reversibleresnet", num_classes=10, depth=6, width=8)
     >>> len(net.chains)
     3
     """
@@ -51,4 +51,4 @@ def create(name: str, num_classes: int = 10, **settings: Any) -> nn.Module:
     return build(num_classes=num_classes, **settings)
 
 
-__all__ = ["MODELS", "MomentumResNet", "create", "names"]
+__all__ = ["MODELS", "ReversibleResNet", "create", "names"]

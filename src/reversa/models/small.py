@@ -14,7 +14,7 @@ from reversa.sequence import ReversibleSequence
 # Shapes in this file: N images, C channels, H x W pixels.
 
 
-class MomentumResNet(nn.Module):
+class ReversibleResNet(nn.Module):
     r"""Residual network for small images: stages of reversible residual blocks.
 
     .. code-block:: text
@@ -45,7 +45,7 @@ class MomentumResNet(nn.Module):
     transitions as in He, Zhang, Ren, Sun: Deep Residual Learning, CVPR 2016, arXiv:1512.03385.
 
     >>> import torch
-    >>> net = MomentumResNet(num_classes=10, depth=6, width=8)
+    >>> net = ReversibleResNet(num_classes=10, depth=6, width=8)
     >>> net(torch.randn(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from reversa.errors import SettingError
+from reversa.errors import SettingError, StateError
 from reversa.schemes.base import Scheme, State
 
 
@@ -48,9 +48,9 @@ class Momentum(Scheme):
     carries_input: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
+        if not (isinstance(self.gamma, (int, float)) and 0 < self.gamma <= 1):
             raise SettingError(
-                f"gamma must lie in (0, 1], got {self.gamma}. The inverse divides by gamma: "
+                f"gamma must lie in (0, 1], got {self.gamma!r}. The inverse divides by gamma: "
                 "for a network close to the plain residual one choose a small gamma such as 0.01."
             )
         if not (self.init == "zero" or isinstance(self.init, nn.Module)):
@@ -65,7 +65,14 @@ class Momentum(Scheme):
 
     def open(self, x: Tensor) -> State:
         if isinstance(self.init, nn.Module):
-            return x, self.init(x)
+            v = self.init(x)
+            if v.shape != x.shape or v.dtype != x.dtype:
+                raise StateError(
+                    f"Momentum's init must give a velocity like x, {tuple(x.shape)} {x.dtype}; it gave "
+                    f"{tuple(v.shape)} {v.dtype}. "
+                    "Change its last layer."
+                )
+            return x, v
         # One zero seen through strides of 0: a velocity that takes no memory before the first step.
         return x, torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
 
@@ -77,10 +84,8 @@ class Momentum(Scheme):
 
     def forward(self, state: State, value: Tensor, step: int) -> State:
         x, v = state
-        if value.is_nested:  # which have no lerp
-            v = v * self.gamma + value * (1 - self.gamma)
-        else:
-            v = torch.lerp(value, v, self.gamma)
+        # Nested tensors have no lerp.
+        v = v * self.gamma + value * (1 - self.gamma) if value.is_nested else torch.lerp(value, v, self.gamma)
         return x + v, v
 
     def uncover(self, state: State, step: int) -> tuple[Tensor, State]:

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from reversa.train.files import RunFolder, write_text, write_whole
 
@@ -45,25 +46,34 @@ class Record(Callback):
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.rows: list[Row] = []
+        self._losses: list[Tensor] = []  # of the epoch's steps, also of those before a resumed run was stopped
         self._before = 0.0  # seconds trained before this process, where a run goes on
         self._begun = 0.0
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> Row:
         """The best epoch's row."""
-        return max(self.rows, key=_merit, default=None)
+        return max(self.rows, key=_merit)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "seconds": self._seconds()}
+        return {"rows": self.rows, "losses": self._losses, "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows, self._before = list(state_dict["rows"]), state_dict["seconds"]
+        self.rows, self._losses = list(state_dict["rows"]), list(state_dict["losses"])
+        self._before = state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = time.perf_counter()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._losses.append(outputs["loss"].detach())
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values: dict[str, Any] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        values["train_loss"] = sum(map(float, self._losses)) / len(self._losses)
+        self._losses = []
         values |= {"step": trainer.global_step, "epoch": trainer.current_epoch, "seconds": round(self._seconds(), 2)}
         values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         self.rows.append({name: values[name] for name in COLUMNS})
@@ -121,7 +131,8 @@ class OrderlyStop(Callback):
 class Bar(Callback):
     """Progress over all steps in a terminal, and nothing elsewhere."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, record: Record) -> None:
+        self._record = record
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -148,6 +159,6 @@ class Bar(Callback):
         self._progress.update(self._task, completed=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        told = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, loss {metrics['train_loss']:.3f}"
-        self._progress.update(self._task, description=f"{told}, validation accuracy {metrics['val_accuracy']:.1%}")
+        row = self._record.rows[-1]
+        told = f"epoch {row['epoch'] + 1}/{trainer.max_epochs}, loss {row['train_loss']:.3f}"
+        self._progress.update(self._task, description=f"{told}, validation accuracy {row['val_accuracy']:.1%}")

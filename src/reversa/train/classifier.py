@@ -34,9 +34,7 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        loss = cross_entropy(self.network(images), labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
-        return loss
+        return cross_entropy(self.network(images), labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         self._log_scores("val", batch)

@@ -67,8 +67,8 @@ class TrainConfig:
         seed: of the first parameters, the order of the images and their augmentation.
         device: where to train: auto, cpu, cuda or mps.
         threads: CPU threads; images this small gain nothing from more than one, and lose much where cores are shared.
-        out: the run's folder; null for runs/DATE-TIME-DATA-SCHEME.
-        resume: a checkpoint of a run with the same settings, to go on from; null to start anew.
+        out: the folder of a new run; null for runs/DATE-TIME-DATA-SCHEME.
+        resume: the last.ckpt of a run with the same settings, to go on from in its folder; null to start anew.
 
     Raises:
         SettingError: an unknown name, or a number outside its range.
@@ -78,7 +78,7 @@ class TrainConfig:
     """
 
     data: str = "digits"
-    model: str = "momentumresnet"
+    model: str = "reversibleresnet"
     scheme: str = "momentum"
     depth: int = 54
     width: int = 16

@@ -53,7 +53,7 @@ def step_costs(
         rounds: steps timed per engine, after one that warms up.
 
     >>> from reversa import Invert, Store, models
-    >>> net = models.create("momentumresnet", depth=30, width=4)
+    >>> net = models.create("reversibleresnet", depth=30, width=4)
     >>> batch = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
     >>> costs = step_costs(net, batch, {"store": Store(), "invert": Invert()}, rounds=1)
     >>> costs["invert"].peak_bytes < costs["store"].peak_bytes

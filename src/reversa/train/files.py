@@ -58,8 +58,15 @@ class RunFolder:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> RunFolder:
-        """The folder of the run that wrote the checkpoint."""
-        return cls._checked(checkpoint.absolute().parent.parent)
+        """The folder of the run that wrote the checkpoint.
+
+        Raises:
+            OutputError: the checkpoint is in no run's folder, or nothing can be written there.
+        """
+        folder = cls._checked(checkpoint.absolute().parent.parent)
+        if not folder.config.exists():
+            raise OutputError(f"{checkpoint} is not in the folder of a run: resume it where reversa train wrote it.")
+        return folder
 
     @classmethod
     def _checked(cls, path: Path) -> RunFolder:

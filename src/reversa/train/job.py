@@ -16,7 +16,7 @@ import torch
 from reversa.errors import SettingError, import_extra
 from reversa.train.checkpoint import MARK, load_checkpoint
 from reversa.train.config import ENGINES, TrainConfig, to_yaml
-from reversa.train.cost import step_costs
+from reversa.train.cost import StepCost, step_costs
 from reversa.train.data import Batches, DataSet, dataset_named
 from reversa.train.files import RunFolder, write_text
 from reversa.train.report import Result, as_rich_table, write_report
@@ -56,13 +56,17 @@ def train(config: TrainConfig) -> Result:
         import_extra(module, "train")
     config = config.complete()
     start = _read_start(config)
-    folder = _folder(config)
+    if config.resume is None:
+        folder = RunFolder.choose(config.out, config.name)
+    else:
+        folder = RunFolder.of_checkpoint(Path(config.resume))
     data = dataset_named(config.data)()
     with _own_settings(config):
         run = _Run(config, folder, data, start)
-        folder.create()
-        write_text(folder.config, to_yaml(config))
-        run.fit()
+        with run.stop.listening():
+            folder.create()
+            write_text(folder.config, to_yaml(config))
+            run.fit()
         result = run.result()
     write_report(result, folder)
     run.say(as_rich_table(result))
@@ -87,7 +91,7 @@ class _Run:
         self.task: Classifier = Classifier(config, steps, data.num_classes, channels)
         self.record: Record = Record(folder)
         self.stop: OrderlyStop = OrderlyStop(folder)
-        self.bar: Bar = Bar(self.console)
+        self.bar: Bar = Bar(self.console, self.record)
         self.trainer: Trainer = _trainer(config, [self.record, self.stop, self.bar])
 
     def say(self, what: Any) -> None:
@@ -100,35 +104,42 @@ class _Run:
         val = Batches(self.data.val, self.config.batch_size)
         self.say(f"{self.config.name}: {self.config.depth} blocks, {self.config.epochs} epochs, in {self.folder.path}")
         try:
-            with self.stop.listening(), self.bar.shown():
+            with self.bar.shown():
                 self.trainer.fit(self.task, self.batches, val, ckpt_path=self.config.resume, weights_only=True)
-        except Stopped as stopped:
-            again = f"--config {shlex.quote(str(self.folder.config))} --resume {shlex.quote(str(self.folder.last))}"
-            raise Interrupted(
-                f"Stopped after step {self.trainer.global_step} of {self.task.steps}. "
-                f"The checkpoint is whole: {self.folder.last}\nTo go on: reversa train {again}"
-            ) from stopped
+        except (Stopped, SystemExit) as stopped:  # SystemExit is what Lightning makes of a second Ctrl-C
+            step = f"Stopped at step {self.trainer.global_step} of {self.task.steps}."
+            raise Interrupted(f"{step} {self._how_to_go_on()}") from stopped
 
     def result(self) -> Result:
         """Test the best checkpoint and measure a step."""
-        best = self.record.best
-        if best is None:
-            raise SettingError(f"nothing left to train: {self.config.resume} is at the last epoch. Raise --epochs.")
-        self.task.load_state_dict(load_checkpoint(self.folder.best)["state_dict"])
-        test = Batches(self.data.test, self.config.batch_size)
-        tested = self.trainer.test(self.task, test, verbose=False)[0]
-        device = self.trainer.strategy.root_device
-        plugin = self.trainer.precision_plugin
+        try:
+            self.task.load_state_dict(load_checkpoint(self.folder.best)["state_dict"])
+            test = Batches(self.data.test, self.config.batch_size)
+            tested = self.trainer.test(self.task, test, verbose=False)[0]
+            costs = self._costs()
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            raise Interrupted(f"Stopped after the training, before its report. {self._how_to_go_on()}") from stopped
+        rows = self.record.rows
+        seconds = float(rows[-1]["seconds"])
+        return Result(self.config, self.folder.path, rows, self.record.best, tested["test_accuracy"], costs, seconds)
+
+    def _costs(self) -> dict[str, StepCost]:
+        device, plugin = self.trainer.strategy.root_device, self.trainer.precision_plugin
         batch = plugin.convert_input(next(iter(Batches(self.data.train, self.config.batch_size))))
-        costs = step_costs(
+        return step_costs(
             self.task.network.to(device),
             (batch[0].to(device), batch[1].to(device)),
             {name: ENGINES[name]() for name in dict.fromkeys((self.config.engine, "store"))},
             plugin.forward_context,
         )
-        rows = self.record.rows
-        seconds = float(rows[-1]["seconds"])
-        return Result(self.config, self.folder.path, rows, best, tested["test_accuracy"], costs, seconds)
+
+    def _how_to_go_on(self) -> str:
+        config, last = shlex.quote(str(self.folder.config)), shlex.quote(str(self.folder.last))
+        if not self.folder.last.exists():
+            return (
+                f"No checkpoint was written yet.\nTo begin again: reversa train --config {config} --out ANOTHER_FOLDER"
+            )
+        return f"The checkpoint is whole: {self.folder.last}\nTo go on: reversa train --config {config} --resume {last}"
 
 
 def _trainer(config: TrainConfig, callbacks: list[Any]) -> Trainer:
@@ -137,7 +148,7 @@ def _trainer(config: TrainConfig, callbacks: list[Any]) -> Trainer:
     from reversa.train.callbacks import WholeCheckpoints
 
     try:
-        return Trainer(
+        trainer = Trainer(
             accelerator=config.device,
             devices=1,
             precision=config.precision,  # type: ignore[arg-type]
@@ -153,16 +164,9 @@ def _trainer(config: TrainConfig, callbacks: list[Any]) -> Trainer:
         )
     except (RuntimeError, ValueError) as error:  # Lightning's word for a device that is not there
         raise SettingError(f"device={config.device}, precision={config.precision}: {error}") from error
-
-
-def _folder(config: TrainConfig) -> RunFolder:
-    if config.resume is not None and (config.out is None or _same_run(config)):
-        return RunFolder.of_checkpoint(Path(config.resume))
-    return RunFolder.choose(config.out, config.name)
-
-
-def _same_run(config: TrainConfig) -> bool:
-    return Path(str(config.resume)).absolute().parent.parent == Path(str(config.out)).absolute()
+    if trainer.precision != config.precision:  # Lightning takes another one with a warning
+        raise SettingError(f"precision {config.precision} is not to be had on this device: choose {trainer.precision}")
+    return trainer
 
 
 def _read_start(config: TrainConfig) -> int:
