@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import reversa
+from reversa.engine import Engine
 from reversa.errors import import_extra
 
 GAMMA = 0.95
@@ -73,7 +74,7 @@ def checkpointed(scheme: str, functions: Sequence[nn.Module], dim: int) -> Netwo
     return by_formula(scheme, functions, dim, lambda f, x: checkpoint(f, x, use_reentrant=False))
 
 
-def ours(engine: reversa.engine.Engine, scheme: str, functions: Sequence[nn.Module], dim: int) -> Network:
+def ours(engine: Engine, scheme: str, functions: Sequence[nn.Module], dim: int) -> Network:
     if scheme == "momentum":
         return reversa.ReversibleSequence(functions, reversa.Momentum(GAMMA), engine=engine)
     return reversa.ReversibleSequence(pairs(functions), reversa.RevNet(dim), engine=engine)

@@ -1,8 +1,6 @@
 """How does the memory of a training step grow with depth? The picture in the README.
 
-    python benchmarks/memory_depth.py
-
-Writes docs/images/memory_vs_depth.png, and the numbers beside it as .json.
+``python benchmarks/memory_depth.py`` writes docs/images/memory_vs_depth.png, and the numbers beside it as .json.
 """
 
 from __future__ import annotations
@@ -94,7 +92,9 @@ def draw(depths: Sequence[int], curves: dict[str, list[int]], workload: str) -> 
         axes.grid(axis="y", color="#dddddd", linewidth=0.7)
         axes.set_xlabel("residual functions")
         axes.set_title("Peak memory of a training step, parameters and gradients aside", loc="left", fontsize=12)
-        axes.text(0, -0.2, workload, transform=axes.transAxes, fontsize=7.5, va="top", color="#555555")
+        figure.get_layout_engine().set(rect=(0, 0.08, 1, 0.92))
+        note = workload.replace("RevNet", "\nRevNet")
+        figure.text(0.01, 0.01, note, fontsize=8, color="#555555", va="bottom", in_layout=False)
         report.IMAGES.mkdir(parents=True, exist_ok=True)
         figure.savefig(report.IMAGES / "memory_vs_depth.png")
 
@@ -113,9 +113,7 @@ def main() -> None:
     }
     workload = (
         f"conv-BatchNorm-ReLU-conv-BatchNorm, {args.channels} channels, {args.size} x {args.size} pixels, "
-        f"batch {args.batch}, "
-        f""
-        f"float32: an activation is {args.batch * args.channels * args.size**2 * 4 / MIB:g} MiB. "
+        f"batch {args.batch}, float32: an activation is {args.batch * args.channels * args.size**2 * 4 / MIB:g} MiB. "
         f"RevNet: two streams of {args.channels // 2} channels"
     )
     table = report.Table(

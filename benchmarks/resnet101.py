@@ -1,8 +1,6 @@
 """What does conversion save on torchvision's ResNet-101 at 224 px? One training step, batch 2 to 8.
 
-    python benchmarks/resnet101.py
-
-Writes docs/images/resnet101_memory.png and a dated table.
+``python benchmarks/resnet101.py`` writes docs/images/resnet101_memory.png and a dated table.
 """
 
 from __future__ import annotations

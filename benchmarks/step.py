@@ -1,7 +1,6 @@
 """What does a training step cost, in time and in memory? Reversa, PyTorch's checkpoint, and the published packages.
 
-python benchmarks/step.py            # minutes
-python benchmarks/step.py --quick    # a minute
+``python benchmarks/step.py`` takes a quarter of an hour, ``--quick`` a minute or two.
 """
 
 from __future__ import annotations
@@ -217,15 +216,15 @@ NOTES = """
 ## How to read it
 
 Time: one forward and backward pass divided by plain backpropagation's in the same round, median over {rounds}
-interleaved rounds, ± half the distance between the quartiles. `floor` is 1 + (every residual function once more without a graph) / plain:
-what computing the states back must cost. Timed is CPU time where the device is the CPU.
+interleaved rounds, ± half the distance between the quartiles. `floor` is 1 + (every residual function once more without
+a graph) / plain: what computing the states back must cost. Timed is CPU time where the device is the CPU.
 
 Gradient error: norm of the difference to plain's gradients over all parameters and the input, relative, in float32, the
 largest of the workloads; momentumnet rounds gamma to 16 bits.
 
 Memory: live bytes of tensors in units of the network's input, parameters and accumulated gradients aside, on
-Linear-Tanh-Linear functions (RevNet: two streams of half the width), at depth {depths}. `held` is what is alive when the
-forward pass has ended, the output included. On the CPU, Offload() keeps its tensors in the memory that is
+Linear-Tanh-Linear functions (RevNet: two streams of half the width), at depth {depths}. `held` is what is alive
+when the forward pass has ended, the output included. On the CPU, Offload() keeps its tensors in the memory that is
 counted. Peers are used with their default settings: their dropout, BatchNorm statistics and autocast are not what
 plain training gives, which costs them nothing here.
 """

@@ -136,6 +136,40 @@ def test_every_tensor_of_f_dies_at_once(case):
         assert not [ref for ref in seen if ref() is not None]
 
 
+class Biased(nn.Module):
+    """Makes a bias when it is given none, as T5's first block does, and hands it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.bias = mlp(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, bias=None):
+        bias = self.bias(x).exp() if bias is None else bias
+        return self.body(x * bias), bias
+
+
+@inverting
+def test_an_extra_argument_made_by_an_earlier_step_closes_no_cycle(engine):
+    scheme, fs = reversa.Momentum(0.9), [Biased() for _ in range(6)]
+
+    def once(backward: bool) -> None:
+        x = torch.randn(BATCH, WIDTH, requires_grad=True)
+        steps, state, bias = INVERTERS[engine].begin(scheme, length=6), scheme.open(x), None
+        for f in fs:
+            state, (_, bias) = steps.step(f, state, args=(bias,))
+        steps.end()
+        if backward:
+            loss_of(state).backward()
+            for p in (p for f in fs for p in f.parameters()):
+                p.grad = None
+
+    once(True)
+    for backward in (True, False):
+        with no_collector(), Storages() as storages:
+            once(backward)
+            assert storages.alive() == 0
+
+
 @both
 def test_a_graph_with_a_double_backward_is_freed(case):
     seq, x = chain(case, reversa.Invert(), depth=4)

@@ -76,6 +76,17 @@ def test_a_buffer_changed_in_place_before_backward(training):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("engine", ["invert", "invert-one-by-one"])
+def test_a_tensor_that_f_holds_by_itself_changed_in_place_before_backward(engine):
+    """Neither parameter, nor buffer, nor argument: seen because its gradient needs it."""
+    seq, x = sequence(None, lambda f, x, y: y * f.scale, engine=INVERTERS[engine])
+    seq.functions[1].scale = torch.randn(6, dtype=torch.float64)
+    y = seq(x)
+    seq.functions[1].scale.add_(1)
+    with pytest.raises(ReplayError, match=r"step 1 .*changed in place"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("keyword", [False, True])
 @pytest.mark.parametrize("engine", INVERTERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import random
@@ -239,6 +240,7 @@ NOT_RESIDUAL = {
     "gate": lambda x, f: x * torch.sigmoid(f),
     "addition that does not depend on x": lambda x, f: x + torch.ones(6),
     "two functions, no skip": lambda x, f: f + f.sin(),
+    "highway": lambda x, f: x * torch.sigmoid(f) + f,
     "skip through a matrix": lambda x, f: x @ torch.eye(6) + f,
     "concatenation": lambda x, f: torch.cat([x[:, :3], f[:, 3:]], 1),
     "addition before a matrix": lambda x, f: (x + f) @ torch.eye(6),
@@ -384,6 +386,21 @@ def test_among_arguments_of_one_shape_the_carried_one_has_the_skip_path():
     assert (stage.blocks, stage.key) == (("b1", "b2", "b3"), 1)
 
 
+def test_among_arguments_that_all_have_a_skip_path_the_carried_one_comes_from_the_block_before():
+    class Placed(Block):
+        def forward(self, place, x):
+            return super().forward(place + x)
+
+    class Model(Loop):
+        def forward(self, place, x):
+            for i in (1, 2, 3):
+                x = getattr(self, f"b{i}")(place, x)
+            return self.head(x)
+
+    (stage,) = find(Model(block=Placed), X, X).stages
+    assert (stage.blocks, stage.key) == (("b2", "b3"), 1)  # in the first block, either may be the one
+
+
 def test_a_block_called_in_another_way_than_the_others_is_not_in_their_stage():
     class Mixed(Loop):
         def forward(self, x):
@@ -461,7 +478,22 @@ def test_the_pass_takes_no_memory():
 
 def test_tokens_in():
     model = nn.Sequential(nn.Embedding(7, 6), *chain(*[torch.add] * 3))
-    assert find(model, torch.zeros(4, 5, dtype=torch.long)).stages[0].shape == (4, 5, 6)
+    for frozen in (False, True):
+        model.requires_grad_(not frozen)
+        assert find(model, torch.zeros(4, 5, dtype=torch.long)).stages[0].shape == (4, 5, 6)
+
+
+def test_nothing_is_left_behind_for_the_collector():
+    model = Loop()
+    find(model, X)  # once, for what PyTorch sets up at first use
+    gc.collect()
+    gc.disable()
+    try:
+        find(model, X)
+        left = [o for o in gc.get_objects() if isinstance(o, Loop) and o is not model]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 # --- the live model -----------------------------------------------------------------------------------------------

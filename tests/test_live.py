@@ -246,9 +246,9 @@ def test_blocks_nest_and_can_be_entered_again():
 
 
 def test_device():
-    with LiveBytes(device="cpu") as cpu, LiveBytes(device="meta") as meta:
+    with LiveBytes(device="cpu") as cpu, LiveBytes(device="meta") as meta, LiveBytes() as everywhere:
         _a, _b = unit(), torch.zeros(2048, device="meta")
-        assert (cpu.live, meta.live) == (UNIT, 2 * UNIT)
+        assert (cpu.live, meta.live, everywhere.live) == (UNIT, 2 * UNIT, UNIT)
 
 
 def test_exclude_takes_modules_and_tensors_alone():
@@ -280,16 +280,17 @@ def test_peak_is_the_allocators(recompute):
     assert counted.peak == pytest.approx(want, rel=0.002)
 
 
-def test_fake_tensors_cost_what_real_ones_do():
-    def peak() -> int:
+def test_fake_tensors_take_no_memory_but_stand_for_some():
+    def peak(device: str | None) -> int:
         model, x = small_model(), torch.randn(512, 64)
-        with LiveBytes(exclude=model) as counted:
+        with LiveBytes(exclude=model, device=device) as counted:
             step(model, x)
         return counted.peak
 
     with FakeTensorMode():
-        fake = peak()
-    assert fake == peak()
+        nothing, fake = peak(None), peak("meta")
+    assert nothing == 0
+    assert fake == peak(None)
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ from reversa.train.data import Batches, Split
 from reversa.train.data.digits import digits, shifted
 from reversa.train.files import RunFolder, write_text, write_whole
 
-TINY = TrainConfig(depth=3, width=4, epochs=2)
+TINY = TrainConfig(depth=3, width=4, epochs=2, batch_size=256)  # 4 steps in an epoch
 
 
 def tiny(out: Path, **settings) -> TrainConfig:
@@ -99,7 +99,7 @@ def test_training_batches_are_new_in_every_epoch_and_never_repeat_an_image_withi
     batches = Batches(numbered(50), 8, seed=3)
     epochs = [labels_of(batches) for _ in range(3)]
     assert all(len(epoch) == len(batches) == 6 for epoch in epochs)
-    assert all(len(set(sum(epoch, []))) == 48 for epoch in epochs)
+    assert all(len(set(itertools.chain(*epoch))) == 48 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert epochs[0] == labels_of(Batches(numbered(50), 8, seed=3))
     assert epochs[0] != labels_of(Batches(numbered(50), 8, seed=4))
@@ -216,7 +216,7 @@ def test_reported_accuracies_are_those_of_the_best_checkpoint(run):
         float((scores.argmax(1) == data.val.labels).double().mean()), abs=1e-6
     )
     assert run.best["val_loss"] == pytest.approx(float(cross_entropy(scores, data.val.labels)), rel=1e-4)
-    assert run.best["val_accuracy"] == max(row["val_accuracy"] for row in run.rows)
+    assert run.best["val_loss"] == min(row["val_loss"] for row in run.rows)
 
 
 def test_the_report_tells_what_was_measured(run):
@@ -335,7 +335,7 @@ def unbroken(tmp_path_factory):
     return train(tiny(tmp_path_factory.mktemp("runs") / "unbroken"))
 
 
-@pytest.mark.parametrize("step", [1, 18, 19, 30])
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(unbroken, tmp_path, step):
     config = tiny(tmp_path / "broken")
     with pytest.MonkeyPatch.context() as patch:
@@ -344,13 +344,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(unbroken, tmp_path, ste
             train(config)
     last = tmp_path / "broken" / "checkpoints" / "last.ckpt"
     assert load_checkpoint(last)["global_step"] == step
-    assert f"step {step} of 38" in str(told.value)
+    assert f"step {step} of 8" in str(told.value)
     assert f"--resume {last}" in str(told.value)
-    result = train(replace(config, resume=str(last), engine="store" if step == 18 else "invert"))
-    if step != 18:  # another engine rounds differently
+    result = train(replace(config, resume=str(last), engine="store" if step == 3 else "invert"))
+    if step != 3:  # another engine rounds differently
         assert_equal_weights(unbroken.folder, result.folder)
     for got, want in zip(result.rows, unbroken.rows, strict=True):
-        assert got["train_loss"] == pytest.approx(want["train_loss"], rel=1e-3 if step == 18 else 1e-12)
+        assert got["train_loss"] == pytest.approx(want["train_loss"], rel=1e-3 if step == 3 else 1e-12)
     assert not list(result.folder.rglob("*.unfinished"))
 
 

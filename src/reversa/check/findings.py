@@ -105,15 +105,17 @@ def examine(case: Case) -> CheckReport:
         found.notes.append("checked in eval mode, as the model is. Call model.train() to check dropout and statistics.")
     columns = precisions(case)
     with case.undisturbed():
-        # In the model's own type first: what fails there is no matter of float64.
-        for precision in reversed(columns):
+        for precision in columns:
             _compare(case, precision, found, alone=len(columns) == 1)
+    # Causes first; of one cause what it does in the model's own type, which was looked at last.
+    found.problems.reverse()
+    found.problems.sort(key=lambda problem: problem[0])
     return CheckReport(
         model,
         "; ".join(rules),
         tuple(precision.name for precision in columns),
         found.rows(),
-        tuple(dict.fromkeys(text for _, text in sorted(found.problems, key=lambda problem: problem[0]))),
+        tuple(dict.fromkeys(text for _, text in found.problems)),
         tuple(dict.fromkeys(found.notes)),
     )
 
@@ -174,15 +176,16 @@ def _gradients(case: Case, precision: Precision, stored: Outcome, own: Outcome, 
             f"{len(none)} of {len(stored.gradients)} parameters get no gradient from this loss: {names}."
         )
     error, name = worst(own.gradients, stored.gradients, FLOOR)
-    if not precision.double and error > precision.wrong:
-        # What one rounding of the weights does to the very same gradients, without any reversal.
-        rounded = case.step(precision.double, Store(), shift=precision.eps)
-        unsure, _ = worst(rounded.gradients, stored.gradients, FLOOR)
-        if error <= 10 * unsure:
+    if not precision.double and error > precision.wrong and found.status.get("gradients") in ("right", "noticeable"):
+        # What a change of the weights, as small as rounding and drift, does to the same gradients without reversal.
+        size = max(precision.eps, min(precision.noticeable, max(trace.drift[0] for trace in own.traces)))
+        moved = case.step(precision.double, Store(), shift=size)
+        unsure, _ = worst(moved.gradients, stored.gradients, FLOOR)
+        if error <= 3 * unsure:
             precision = replace(precision, wrong=error)
             found.notes.append(
-                f"with these inputs, rounding the weights once in {precision.name} changes the gradients by {unsure:.0e}, "
-                "also with stored activations: float64 is the judge here. A larger batch or larger images usually help."
+                f"with these inputs, changing the weights by {size:.0e} changes the gradients by {unsure:.0e} in "
+                f"{precision.name}, also with stored activations: float64 is the judge. A larger batch usually helps."
             )
     text = f"the gradients are not those of stored activations; the worst is that of {name}"
     found.add("gradients", precision, error, f"worst: {name}", (4, text, UNKNOWN))

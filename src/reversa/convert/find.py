@@ -73,7 +73,7 @@ class _Block:
     after: tuple[str, ...]
 
     def continues(self, other: _Block) -> bool:
-        return self.key == other.key and self.given.is_same(other.gave)
+        return self.key == other.key and self.given.tensor is other.gave.tensor
 
 
 _Run = list[_Block]

@@ -11,7 +11,7 @@ import logging
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,10 +40,6 @@ class Seen:
     def of(tensor: Tensor) -> Seen:
         edge = get_gradient_edge(tensor) if tensor.requires_grad else None
         return Seen(tensor, tensor._version, edge and (edge.node, edge.output_nr))
-
-    def is_same(self, other: Seen) -> bool:
-        """Whether both are the same tensor with nothing written to it in between."""
-        return self.tensor is other.tensor and self.version == other.version
 
     @property
     def changed(self) -> bool:
@@ -88,9 +84,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
                 twin = copy.deepcopy(model)
         except Exception as error:
             raise ConversionError(_message("could not be copied (copy.deepcopy)", model, error)) from error
-        _watch(twin, calls)
         try:
-            with fake:
+            with fake, _watched(twin, calls):
                 args, kwargs = tree_map_only(Tensor, lambda t: _with_graph(fake.from_tensor(t)), (args, dict(kwargs)))
                 for parameter in filter(torch.is_floating_point, twin.parameters()):
                     parameter.requires_grad_(True)  # frozen blocks have residual additions, too
@@ -105,8 +100,9 @@ def _with_graph(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_().clone() if tensor.is_floating_point() else tensor
 
 
-def _watch(model: nn.Module, calls: list[Call]) -> None:
-    """Hooks on every module that fill the list."""
+@contextmanager
+def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    """Hooks on every module that fill the list; taken off at the end, for they refer to the model that refers to them."""
     names = {module: name for name, module in model.named_modules()}
     running: list[Call] = []
 

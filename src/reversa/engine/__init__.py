@@ -1,6 +1,7 @@
 """What gives the backward pass the state of step k when it needs it. Autograd only, no formula."""
 
-from reversa.engine.policies import Engine, Invert, Offload, Recompute, Store
+from reversa.engine.invert import Invert
+from reversa.engine.policies import Engine, Offload, Recompute, Store
 from reversa.engine.replay import is_replaying
 from reversa.engine.steps import Steps
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,18 @@ from reversa.engine.steps import carried_value, first_tensor, is_finite, refuse_
 from reversa.errors import ReplayError, ReversaError, StateError
 from reversa.schemes import Scheme, State
 
-_Entry = tuple[Tensor, int]
-"""A captured tensor and its version then."""
-
 _CHANGED_OUTPUT = (
     "the output of {where}, where a reversible chain ends, was changed in place before the backward pass, which starts "
     "from "
     "it. Use an out-of-place operation there (for instance ReLU(inplace=False))."
 )
+
+
+class _Unit(NamedTuple):
+    """What a replayed step saved: the tensors, each until it is asked for, and what they were like then."""
+
+    tensors: list[Tensor | None]
+    saved: Saved
 
 
 class _Cursor:
@@ -76,7 +80,7 @@ class Chain:
         self._held: list[_torch.SavedTensor] | None = None  # the same in autograd's keeping; from end()
         self._cursor: _Cursor | None = None
         self._task = -1  # the backward pass that captured tensors belong to:
-        self._captured: list[_Entry | None] = []  # entries _from.._to of all saved tensors, with versions
+        self._captured = _Unit([], [])  # entries _from.._to of all saved tensors
         self._from = self._to = 0
 
     def __len__(self) -> int:
@@ -144,13 +148,14 @@ class Chain:
     def _unpack(self, index: int) -> Tensor:
         if not self._from <= index < self._to or self._task != _torch.graph_task():
             self._replay(index)
-        entry = self._captured[index - self._from]
-        if entry is None:  # asked for a second time
+        tensors, saved = self._captured
+        at = index - self._from
+        tensor = tensors[at]
+        if tensor is None:  # asked for a second time
             self._replay(index)
-            entry = self._captured[index - self._from]
-        self._captured[index - self._from] = None
-        tensor, version = entry  # type: ignore[misc]
-        if tensor._version != version:
+            return self._unpack(index)
+        tensors[at] = None
+        if tensor._version != saved[at][2]:
             raise ReplayError(
                 f"{self._steps[self._step_of(index)].where}: a tensor that its gradient needs is changed in place "
                 f"later in the "
@@ -166,7 +171,7 @@ class Chain:
         last = self._step_of(index)
         if last >= len(self._steps):
             _no_backward(index)
-        self._captured, self._from, self._to = [], 0, 0
+        self._captured, self._from, self._to = _Unit([], []), 0, 0
         self._settle_random()
         grad_enabled = torch.is_grad_enabled()
         _torch.set_grad_enabled(False)
@@ -176,19 +181,24 @@ class Chain:
                 self._check_finite(cursor.state, recovered=True)
         finally:
             _torch.set_grad_enabled(grad_enabled)
-        self._captured = [entry for unit in reversed(units) for entry in unit]
+        if len(units) == 1:
+            self._captured = units[0]
+        else:
+            units.reverse()
+            tensors = [tensor for unit in units for tensor in unit.tensors]
+            self._captured = _Unit(tensors, [entry for unit in units for entry in unit.saved])
         self._from, self._to, self._task = self._starts[cursor.step], self._starts[last + 1], cursor.task
         # With the end state kept, nothing needs the first state; without it, a second request might.
         self._cursor = None if cursor.step == 0 and self._held is not None else cursor
 
-    def _walk_to(self, last: int) -> tuple[list[list[_Entry]], _Cursor]:
+    def _walk_to(self, last: int) -> tuple[list[_Unit], _Cursor]:
         """Walk to step ``last`` and replay the unit of steps that ends with it, last step first."""
         cursor = self._nearest(last)
         while cursor.step > last + 1:  # steps that this backward pass did not visit
             self._back(cursor)
         while cursor.step < last:
             self._forth(cursor)
-        units: list[list[_Entry]] = []
+        units: list[_Unit] = []
         if cursor.step == last:
             argument = self.scheme.argument(cursor.state, self.first + last)
             units.append(self._evaluate(last, argument)[0])
@@ -229,7 +239,7 @@ class Chain:
             self._held = None  # nobody can ask again: the nodes that would are freed as they run
         return state
 
-    def _back(self, cursor: _Cursor) -> list[_Entry]:
+    def _back(self, cursor: _Cursor) -> _Unit:
         """Move the cursor over one step backwards; what the step saved."""
         step, number = cursor.step - 1, self.first + cursor.step - 1
         argument, rest = self.scheme.uncover(cursor.state, number)
@@ -244,7 +254,7 @@ class Chain:
         _, value = self._evaluate(cursor.step, self.scheme.argument(cursor.state, number))
         cursor.step, cursor.state = cursor.step + 1, self.scheme.forward(cursor.state, value, number)
 
-    def _evaluate(self, step: int, argument: Tensor) -> tuple[list[_Entry], Tensor]:
+    def _evaluate(self, step: int, argument: Tensor) -> tuple[_Unit, Tensor]:
         """Evaluate ``f`` of a step once more: the tensors that it saves, and its value."""
         evaluation = self._steps[step]
         leaf = argument.detach().requires_grad_(evaluation.needs_grad)
@@ -259,7 +269,7 @@ class Chain:
         _torch.push_hooks(capture, _no_backward)
         try:
             value = first_tensor(evaluation.again(leaf))
-            captured = [(tensor, entry[2]) for tensor, entry in zip(tensors, saved, strict=True)]
+            captured: list[Tensor | None] = [*tensors]
         finally:
             _torch.pop_hooks()
             _torch.set_grad_enabled(False)
@@ -268,7 +278,7 @@ class Chain:
         if saved != (expected := self._saved[self._starts[step] : self._starts[step + 1]]):
             refuse_other_tensors(evaluation, leaf, expected, saved, captured)
         evaluation.stand_ins = ()
-        return captured, value.to(argument.dtype)
+        return _Unit(captured, saved), value if value.dtype == argument.dtype else value.to(argument.dtype)
 
     def _check_finite(self, state: State, recovered: bool) -> None:
         """Look at the state after the last step, and at the one that was recovered before the first.

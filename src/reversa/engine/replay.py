@@ -150,7 +150,7 @@ Saved = list[tuple[torch.Size, torch.dtype, int]]
 
 
 def refuse_other_tensors(
-    evaluation: Evaluation, argument: Tensor, expected: Saved, saved: Saved, captured: Sequence[tuple[Tensor, int]]
+    evaluation: Evaluation, argument: Tensor, expected: Saved, saved: Saved, captured: Sequence[Tensor | None]
 ) -> None:
     """Raise where an evaluation did not save what the first one saved.
 
@@ -169,8 +169,8 @@ def refuse_other_tensors(
             "the two evaluations only."
         )
     own = {tensor.untyped_storage()._cdata for tensor in (argument, *evaluation.stand_ins)}
-    for (tensor, version), (shape, _, before) in zip(captured, expected, strict=True):
-        if version != before and tensor.untyped_storage()._cdata not in own:
+    for tensor, (_, _, version), (shape, _, before) in zip(captured, saved, expected, strict=True):
+        if version != before and tensor is not None and tensor.untyped_storage()._cdata not in own:
             raise ReplayError(
                 f"{evaluation.where}: a tensor of shape {tuple(shape)} that its gradient needs was changed in place "
                 "between the forward and the backward pass. Call backward() before changing it, or run the forward "

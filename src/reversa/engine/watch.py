@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -19,18 +19,16 @@ from reversa.errors import BlockError, ReplayError
 SNAPSHOT_NUMEL = 1 << 14
 
 
-def _held_by(modules: list[nn.Module]) -> list[Tensor | None]:
-    """Their parameters and buffers, in order; statistics of norms that only move in training are left out."""
+Owner = dict[str, Any]
+"""A module's dictionary of parameters, or of buffers."""
+
+
+def _held_by(owners: list[Owner]) -> list[Tensor | None]:
+    """The parameters and buffers in those dictionaries, in order."""
     held: list[Tensor | None] = []
-    for m in modules:
-        held += m._parameters.values()
-        if m._buffers and not _moves_statistics(m):
-            held += m._buffers.values()
+    for owner in owners:
+        held += owner.values()
     return held
-
-
-def _moves_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) and module.training
 
 
 def _versions(held: list[Tensor | None]) -> list[int | None]:
@@ -45,37 +43,40 @@ class Watch:
     copies.
     """
 
-    __slots__ = ("copies", "held", "modules", "training", "versions")
+    __slots__ = ("copies", "held", "modules", "owners", "statistics", "training", "versions")
 
     def __init__(self, module: Any) -> None:
-        # The walk of module.modules(), without its names and its set: this runs in every step.
+        # This runs in every step: module.modules() makes names and a set, and isinstance is slow on most classes.
         self.modules: list[nn.Module] = [module] if isinstance(module, nn.Module) else []
+        self.training: list[bool] = []
+        self.owners: list[Owner] = []
+        self.statistics: list[Owner] = []
+        self.copies: dict[int, Tensor] = {}
         for m in self.modules:
+            self.training.append(m.training)
             if m._modules:
                 self.modules += [child for child in m._modules.values() if child is not None]
-        self.training = [m.training for m in self.modules]
-        self.held = _held_by(self.modules)
+            if m._parameters:
+                self.owners.append(m._parameters)
+            if m._buffers:
+                moves = m.training and isinstance(m, _NormBase)
+                (self.statistics if moves else self.owners).append(m._buffers)
+        self.held = _held_by(self.owners)
         self.versions = _versions(self.held)
-        self.copies: dict[int, Tensor] = {}
         if any(m._buffers for m in self.modules):
             self._copy_buffers()
 
     def _copy_buffers(self) -> None:
         """Copy small buffers of modules in training, in case the evaluation writes to them (:meth:`settle`)."""
-        for i, (m, _, name) in enumerate(self._places()):
-            tensor = self.held[i]
-            if m.training and name in m._buffers and tensor is not None and tensor.numel() <= SNAPSHOT_NUMEL:
+        writable = {id(m._buffers) for m in self.modules if m.training}
+        for i, (owner, name) in enumerate(self._places()):
+            tensor = owner[name]
+            if id(owner) in writable and tensor is not None and tensor.numel() <= SNAPSHOT_NUMEL:
                 self.copies[i] = tensor.detach().clone()
 
-    def _places(self) -> Iterator[tuple[nn.Module, dict[str, Tensor | None], str]]:
-        """Where each of the held tensors belongs: module, dictionary and name."""
-        for m, training in zip(self.modules, self.training, strict=True):
-            owners: list[Any] = [m._parameters]
-            if not (isinstance(m, _NormBase) and training):
-                owners.append(m._buffers)
-            for owner in owners:
-                for name in owner:
-                    yield m, owner, name
+    def _places(self) -> list[tuple[Owner, str]]:
+        """Where each of the held tensors belongs: dictionary and name."""
+        return [(owner, name) for owner in self.owners for name in owner]
 
     def settle(self, where: object) -> None:
         """After the evaluation: keep the copies of what it wrote to, and only those.
@@ -110,31 +111,30 @@ class Watch:
         """
         if _versions(self.held) != self.versions:
             self._refuse_changed(where)
-        for m, training in zip(self.modules, self.training, strict=True):
-            if m.training != training:
-                undo.append(partial(setattr, m, "training", m.training))
-                m.training = training
-        now = _held_by(self.modules)
+        now = _held_by(self.owners)
         if len(now) != len(self.held):
             raise ReplayError(
                 f"{where}: parameters or buffers were added to it or taken from it between the forward and the "
-                f"backward "
-                "pass. Run the forward pass again after the change."
+                "backward pass. Run the forward pass again after the change."
             )
         if not all(map(operator.is_, now, self.held)):
             self._put_back(undo, where)
+        if [m.training for m in self.modules] != self.training:
+            for m, training in zip(self.modules, self.training, strict=True):
+                undo.append(partial(setattr, m, "training", m.training))
+                m.training = training
+        if not (self.statistics or self.copies):
+            return []
+        places = self._places()
         stand_ins = [
-            _stand_in(m._buffers, name, undo)
-            for m in self.modules
-            if m._buffers and _moves_statistics(m)
-            for name, buffer in m._buffers.items()
-            if buffer is not None
+            (owner, name, buffer) for owner in self.statistics for name, buffer in owner.items() if buffer is not None
         ]
-        return stand_ins + [self._place_copy(i, undo) for i in self.copies]
+        stand_ins += [(*places[i], copy) for i, copy in self.copies.items()]
+        return [_exchange(owner, name, tensor.clone(), undo) for owner, name, tensor in stand_ins]
 
     def _put_back(self, undo: list[Callable[[], Any]], where: object) -> None:
         """Undo an exchange of parameters since the forward pass, such as the end of a ``functional_call``."""
-        for (_, owner, name), tensor in zip(list(self._places()), self.held, strict=True):
+        for (owner, name), tensor in zip(self._places(), self.held, strict=True):
             now = owner.get(name)
             if now is tensor or (tensor is not None and _is_sharded(tensor)):
                 continue  # FSDP2: recorded as shards, unsharded by its own hooks while f runs
@@ -146,16 +146,11 @@ class Watch:
                 )
             _exchange(owner, name, tensor, undo)
 
-    def _place_copy(self, i: int, undo: list[Callable[[], Any]]) -> Tensor:
-        _, owner, name = list(self._places())[i]
-        copy = self.copies[i].clone()
-        _exchange(owner, name, copy, undo)
-        return copy
-
     def _name(self, i: int) -> str:
-        module, _, name = list(self._places())[i]
+        owner, name = self._places()[i]
+        kind = next((type(m).__name__ for m in self.modules if owner is m._parameters or owner is m._buffers), "module")
         tensor = self.held[i]
-        return f"{name!r} of {type(module).__name__}, shape {tuple(tensor.shape) if tensor is not None else None},"
+        return f"{name!r} of {kind}, shape {tuple(tensor.shape) if tensor is not None else None},"
 
     def _refuse_changed(self, where: object) -> None:
         for i, (version, now) in enumerate(zip(self.versions, _versions(self.held), strict=True)):
@@ -167,15 +162,10 @@ class Watch:
                 )
 
 
-def _stand_in(owner: dict[str, Tensor | None], name: str, undo: list[Callable[[], Any]]) -> Tensor:
-    copy = cast(Tensor, owner[name]).clone()
-    _exchange(owner, name, copy, undo)
-    return copy
-
-
-def _exchange(owner: dict[str, Tensor | None], name: str, tensor: Tensor | None, undo: list[Callable[[], Any]]) -> None:
+def _exchange(owner: Owner, name: str, tensor: Tensor | None, undo: list[Callable[[], Any]]) -> Any:
     undo.append(partial(owner.__setitem__, name, owner.get(name)))
     owner[name] = tensor
+    return tensor
 
 
 def _is_sharded(tensor: Tensor) -> bool:

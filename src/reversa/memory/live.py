@@ -45,7 +45,8 @@ class LiveBytes:
 
     Args:
         exclude: a module, a tensor, or several of them, whose gradients are not counted.
-        device: count on this device only (``"cpu"``: without what an engine keeps on a GPU, and the reverse).
+        device: count on this device only; None: on every device that has memory. Meta and fake tensors have none; with
+            ``"meta"`` they count as what they stand for.
 
     Raises:
         SettingError: ``exclude`` holds something that is neither a module nor a tensor.
@@ -120,11 +121,7 @@ class LiveBytes:
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if (
-            key in self._sizes
-            or storage.device.type == "meta"
-            or (self._device is not None and not _same_device(storage.device, self._device))
-        ):
+        if key in self._sizes or not _counts(storage.device, self._device):
             return
         self._sizes[key] = 0
         self._storages[key] = weakref.ref(storage, lambda _: self._forget(key))
@@ -216,5 +213,7 @@ def _tensors_of(exclude: Excluded | None) -> Iterator[Tensor]:
     yield from found.values()
 
 
-def _same_device(one: torch.device, wanted: torch.device) -> bool:
-    return one.type == wanted.type and wanted.index in (None, one.index)
+def _counts(device: torch.device, wanted: torch.device | None) -> bool:
+    if wanted is None:
+        return device.type != "meta"
+    return device.type == wanted.type and wanted.index in (None, device.index)

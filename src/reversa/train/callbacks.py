@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 class Record(Callback):
     """A row of ``metrics.csv`` and the checkpoint ``last.ckpt`` per epoch; ``best.ckpt`` where it is the best yet.
 
-    The best is the one with the highest validation accuracy; of equals, the one with the lowest validation loss.
+    The best is the one with the lowest validation loss: accuracy on few images moves in steps too coarse to choose by.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -53,7 +54,7 @@ class Record(Callback):
     @property
     def best(self) -> Row:
         """The best epoch's row."""
-        return max(self.rows, key=_merit)
+        return min(self.rows, key=itemgetter("val_loss"))
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "losses": self._losses, "seconds": self._seconds()}
@@ -85,10 +86,6 @@ class Record(Callback):
 
     def _seconds(self) -> float:
         return self._before + (time.perf_counter() - self._begun if self._begun else 0.0)
-
-
-def _merit(row: Row) -> tuple[float, float]:
-    return row["val_accuracy"], -row["val_loss"]
 
 
 class OrderlyStop(Callback):

@@ -83,7 +83,7 @@ class TrainConfig:
     depth: int = 54
     width: int = 16
     gamma: float | None = None
-    epochs: int = 10
+    epochs: int = 12
     engine: str = "invert"
     precision: str | int = "32-true"
     batch_size: int = 64
@@ -170,8 +170,7 @@ def parse(flags: Sequence[str]) -> TrainConfig:
 
 def to_yaml(config: TrainConfig) -> str:
     """The settings as YAML, for ``--config``."""
-    jsonargparse = import_extra("jsonargparse", "train")
-    return parser().dump(jsonargparse.Namespace(asdict(config)), skip_none=False, skip_validation=True)
+    return import_extra("yaml", "train").safe_dump(asdict(config), sort_keys=False)
 
 
 def _told(message: str) -> str:

@@ -95,8 +95,8 @@ Peak activations: most bytes alive at once in one training step of {config.batch
 gradients. Time per step: forward and backward pass, median. Both measured after the training, on the same batch, with
 the engines in turn.
 
-- Test accuracy is that of `checkpoints/best.ckpt`: epoch {best["epoch"] + 1:g}, chosen by validation accuracy \
-({best["val_accuracy"]:.2%}). The test images were used once.
+- Test accuracy is that of `checkpoints/best.ckpt`: epoch {best["epoch"] + 1:g}, chosen by validation loss \
+(validation accuracy {best["val_accuracy"]:.2%}). The test images were used once.
 - Trained for {len(result.rows)} epochs, {result.rows[-1]["step"]:g} steps, {result.seconds:.0f} s.
 - Reversa {reversa.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}.
 

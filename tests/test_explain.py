@@ -1,0 +1,181 @@
+"""What `explain` says of a model: per stage what was converted, what was not and why, and what training keeps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from convert_cases import Block, looped
+from reversa import Invert, Momentum, Offload, Recompute, Store
+from reversa.convert import convert, explain, restore
+from reversa.errors import ConversionError
+from reversa.memory import LiveBytes
+
+
+@pytest.fixture(scope="module")
+def resnet50() -> nn.Module:
+    return torchvision.models.resnet50()
+
+
+def test_of_a_model_that_is_not_converted(resnet50):
+    modules = [(name, type(m), sorted(vars(m))) for name, m in resnet50.named_modules()]
+    statistics = resnet50.bn1.running_mean.clone()
+    report = explain(resnet50)
+    assert not report.converted
+    assert [(s.name, len(s.blocks)) for s in report.stages] == [
+        ("layer1", 2), ("layer2", 3), ("layer3", 5), ("layer4", 2),
+    ]  # fmt: skip
+    text = str(report)
+    assert text.startswith("12 blocks in 4 stages could be made reversible")
+    assert "all activations" in text, "what the plain model keeps"
+    assert [(name, type(m), sorted(vars(m))) for name, m in resnet50.named_modules()] == modules
+    assert torch.equal(resnet50.bn1.running_mean, statistics)
+
+
+def test_of_a_converted_model(resnet50):
+    model = convert(copy.deepcopy(resnet50), Momentum(0.5))
+    report = explain(model)
+    assert report.converted
+    lines = str(report).splitlines()
+    assert lines[0].startswith("12 blocks in 4 stages are reversible: Momentum(gamma=0.5")
+    assert "Invert()" in lines[0]
+    rows = {line.split()[0]: line for line in lines if line.startswith("  layer")}
+    assert "3 (1 to 3)" in next(line for line in lines if line.startswith("  layer2 "))
+    assert "Bottleneck" in str(report)
+    assert "512 x 28 x 28" in str(report), "the carried tensor at 224 pixels"
+    for i, change in enumerate(
+        ("(64, 56, 56) -> (256, 56, 56)", "(256, 56, 56) -> (512, 28, 28)", "(512, 28, 28) -> (1024, 14, 14)"), 1
+    ):
+        assert f"layer{i}.0" in rows
+        assert f"changes the shape {change}" in rows[f"layer{i}.0"]
+    assert "relu after its residual addition" in str(report)
+    assert "fine-tuning" in str(report)
+
+
+def test_a_block_that_stands_alone(resnet50):
+    left = dict(explain(torchvision.models.resnet18()).left)
+    assert "one block" in left["layer2.1"]
+    assert "changes the shape" in left["layer2.0"]
+    assert "layer1.0" not in left
+
+
+def test_the_smaller_gamma_the_more_states_are_kept():
+    """float32, 128 blocks; rounding errors grow as gamma**-k, and may reach 1e-4."""
+    kept = {}
+    for gamma in (0.999, 0.9, 0.5, 0.01):
+        report = explain(convert(looped(depth=128).float(), Momentum(gamma)))
+        kept[gamma] = report.stages[0].kept
+        assert kept[gamma] in str(report)
+    assert kept[0.999] == "1 state"
+    assert kept[0.9] == "3 states (one every 43 steps)"
+    assert kept[0.5].startswith("15 states (one every 9")
+    assert int(kept[0.01].split()[0]) >= 64
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.5, 0.01])
+def test_kept_states_are_the_states_that_are_kept(gamma):
+    """What the report says, counted in bytes: a state of Momentum is two tensors."""
+    model = convert(looped(depth=64, width=64).float(), Momentum(gamma))
+    plain = convert(looped(depth=64, width=64).float(), Momentum(0.999))
+    x = torch.randn(512, 64)
+
+    def held(model: nn.Module) -> float:
+        with LiveBytes(exclude=model) as counted:
+            loss = model(x).mean()
+            held = counted.live
+            loss.backward()
+        return held / x.nbytes
+
+    def kept(model: nn.Module) -> int:
+        return int(explain(model).stages[0].kept.split()[0])
+
+    assert kept(plain) == 1
+    assert kept(model) > 1
+    held(model), held(plain)  # the first call may look at the blocks
+    assert held(model) - held(plain) == pytest.approx(2 * (kept(model) - 1), abs=1.1)
+
+
+def test_kept_states_depend_on_the_data_type():
+    model = convert(looped(depth=128).float(), Momentum(0.9))
+    assert explain(model).stages[0].kept.startswith("3 states")
+    assert explain(model.double()).stages[0].kept.startswith("2 states"), "asked anew, not remembered"
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        (Invert(keep=2), "1 state and the activations of 2 steps"),
+        (Invert(anchors=2), "3 states (one every 2 steps)"),
+        (Store(), "the activations of 5 steps"),
+        (Recompute(), "5 states"),
+        (Offload(), "the activations of 5 steps, in the host's memory"),
+    ],
+    ids=str,
+)
+def test_every_engine_says_what_it_keeps(engine, words):
+    report = explain(convert(looped(depth=5), Momentum(0.99), engine=engine))
+    assert report.stages[0].kept == words
+    assert repr(engine) in report.rule
+
+
+class TwoStages(nn.Module):
+    """A block that looks like the others and is not residual, between two stages; and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(Block(6), Block(6), Block(6))
+        self.widen = nn.Linear(6, 8)
+        self.second = nn.Sequential(Block(8), Block(8))
+        self.spare = Block(8)
+
+    def forward(self, x):
+        return self.second(self.widen(self.first(x)))
+
+
+def test_a_home_made_model():
+    model = TwoStages()
+    example = torch.zeros(2, 6)
+    before = explain(model, example)
+    assert [(s.name, s.blocks, s.kind, s.shape) for s in before.stages] == [
+        ("first", ("first.0", "first.1", "first.2"), "Block", (2, 6)),
+        ("second", ("second.0", "second.1"), "Block", (2, 8)),
+    ]
+    assert dict(before.left) == {"spare": "is not called in the forward pass"}
+    after = explain(convert(model, example=example))
+    assert [s.blocks for s in after.stages] == [s.blocks for s in before.stages]
+    assert after.left == before.left
+    assert all(s.kept == "1 state" for s in after.stages)
+    assert all(not s.note for s in after.stages), "a plain sum needs no remark"
+    assert explain(restore(model), example) == before
+
+
+def test_without_an_example_the_shape_is_not_known_yet():
+    report = explain(convert(looped()))
+    assert report.stages[0].shape is None
+    assert "seen at the first call" in str(report)
+
+
+def test_stages_that_were_not_asked_for_are_listed_as_left():
+    model = convert(TwoStages(), stages=["second"], example=torch.zeros(2, 6))
+    report = explain(model)
+    assert [s.name for s in report.stages] == ["second"]
+    assert dict(report.left)["first"] == "not among the stages asked for"
+
+
+def test_a_part_of_a_converted_model():
+    """The user asks about the backbone of a larger model, or a larger model around a converted one."""
+    model = convert(looped(depth=4))
+    around = nn.Sequential(model, nn.Linear(6, 2))
+    assert "4 blocks in 1 stage" in str(explain(around))
+
+
+def test_a_model_with_nothing_to_convert():
+    report = explain(torchvision.models.vgg11(init_weights=False))
+    assert not report.stages
+    assert "0 blocks" in str(report)
+    with pytest.raises(ConversionError, match="Pass example="):
+        explain(nn.Linear(2, 2))
