@@ -12,11 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cases import Result, gradients, loss_of
+from cases import Result, assert_same, gradients, loss_of
 from oracle import carried, rejoin
+from reversa import Momentum
+from reversa.convert import convert
 
 Loop = Callable[..., Any]
 
@@ -143,3 +146,59 @@ def train(module: nn.Module, call: Loop, *args: Any, seed: int = 5, **kwargs: An
 
 def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+GAMMA = 0.8
+EXACTLY = 1e-12
+
+
+def pair(model: Looped, **settings: Any) -> tuple[Looped, Looped]:
+    """The converted model, and a copy from before for the oracle."""
+    reference = copy.deepcopy(model)
+    return convert(model, Momentum(GAMMA), **settings), reference
+
+
+def assert_right(model: Looped, *args, example=None, key: int | str = 0, between: str = "error", **kwargs: Any) -> None:
+    """Outputs, gradients of parameters and inputs, generator and buffers are those of the same loop over the rule."""
+    model, reference = pair(model, example=example, between=between)
+    actual = train(model, model, *args, **kwargs)
+    assert_same(actual, train(reference, ruled(reference, GAMMA, key), *args, **kwargs), EXACTLY)
+    assert_same(train(model, model, *args, **kwargs), actual, 0)  # and nothing is left over for the next step
+
+
+def taps(blocks: Sequence[Loop], x: Tensor) -> list[Tensor]:
+    """For a loss on every hidden state."""
+    return [x := block(x) for block in blocks]
+
+
+# ---------------------------------------------------------------------- torchvision's ResNets
+
+
+def by_hand(model, x, stages, gamma):
+    """A torchvision ResNet's forward pass once more, with the rule in the blocks of the stages."""
+    x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+    for i, layer in enumerate((model.layer1, model.layer2, model.layer3, model.layer4)):
+        inside = stages[i] if i < len(stages) else ()
+        v = torch.zeros(())
+        for k, block in enumerate(layer):
+            if k in inside:
+                v = gamma * v + (1 - gamma) * (block(x) - x)
+                x = x + v
+            else:
+                x = block(x)
+    return model.fc(torch.flatten(model.avgpool(x), 1))
+
+
+def images(batch: int = 3, side: int = 64) -> torch.Tensor:
+    return torch.randn(batch, 3, side, side, dtype=torch.float64, requires_grad=True)
+
+
+def small() -> nn.Module:
+    """A ResNet-32 of narrow bottlenecks: a stage in layer1 and layer2, and lone blocks behind."""
+    bottleneck = torchvision.models.resnet.Bottleneck
+    return perturbed(torchvision.models.ResNet(bottleneck, [3, 3, 2, 2], num_classes=7, width_per_group=16))
+
+
+def anatomy(model: nn.Module) -> dict[str, object]:
+    """Of every module: its class and the names of what the instance holds."""
+    return {name: (type(m), sorted(vars(m))) for name, m in model.named_modules()}

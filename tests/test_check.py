@@ -243,6 +243,23 @@ def test_a_function_that_computes_something_else_the_second_time(fault):
     assert check(sequence(fault(), engine=Store()), x()).ok
 
 
+def test_a_fault_behind_a_weight_that_is_zero_is_found():
+    """Fresh networks often begin with residual functions that return zero: right or wrong, nothing would be seen."""
+
+    class Gated(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body, self.gate = body, nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return self.gate * self.body(x)
+
+    model = sequence(*(Gated(mlp()) for _ in range(3)), Gated(Counter()), at=0, depth=4)
+    report = check(model, x())
+    assert "step 3 (blocks.3) computes something else" in report.verdict
+    assert not any(block.gate.any() for block in model.blocks)
+
+
 def test_dice_move_the_generator():
     assert row(check(sequence(PythonDice()), x()), "random generators").status == "wrong"
     assert row(check(sequence(Counter()), x()), "random generators").status == "right"

@@ -69,6 +69,8 @@ def test_help_loads_torch_and_no_package_of_an_extra():
         (["train", "--scheme", "revnett"], "Did you mean: revnet"),
         (["train", "--gamma", "-0.5"], r"(0, 1], got -0.5"),
         (["train", "--out", "/dev/null/run"], "cannot make the folder /dev/null/run"),
+        (["train", "--device", "mps"], "device=mps"),
+        (["train", "--precision", "16", "--device", "cpu"], "choose bf16-mixed"),
         (["train", "--resume", "none.ckpt"], "there is no checkpoint none.ckpt"),
         (["check", "resnet51"], "Did you mean: resnet"),
         (["check", "resnet18", "--scheme", "momentums"], "Did you mean: momentum"),
@@ -135,7 +137,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_says_how_to_go_on(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -167,11 +169,13 @@ def test_the_verdict_of_a_check_is_its_exit_status(capsys, monkeypatch, ok):
     pytest.importorskip("torchvision", reason="the extra vision is not installed", exc_type=(ImportError, RuntimeError))
     seen = []
 
+    import reversa.cli.check
+
     def check(model, images):
         seen.append((type(model).__name__, tuple(images.shape)))
         return Report(ok)
 
-    monkeypatch.setattr(reversa, "check", check)
+    monkeypatch.setattr(reversa.cli.check, "check", check)
     assert main(["check", "resnet18", "--batch", "3", "--image", "40"]) == (0 if ok else 1)
     assert told(capsys)[0] == f"the verdict is {ok}\n"
     assert main(["check", "resnet18", "--json"]) == (0 if ok else 1)

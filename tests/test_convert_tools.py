@@ -1,129 +1,28 @@
-"""Converted models under what people use around models: compilers, functional transforms, distribution, memory counters."""
+"""Converted models under what people use around models: functional calls, checkpoints, parametrisations."""
 
 from __future__ import annotations
 
-import copy
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-import torchvision
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from cases import assert_same, error, gradients, no_collector
-from convert_cases import Block, Looped, TupleBlock, by_rule, leaf, looped, perturbed, ruled, straight, train
-from reversa import Invert, Momentum, Store
-from reversa.convert import convert
-from reversa.memory import LiveBytes
-
-GAMMA = 0.8
-TOLERANCE = 1e-12
-
-
-def pair(model: Looped, **settings):
-    reference = copy.deepcopy(model)
-    return convert(model, Momentum(GAMMA), **settings), reference
-
-
-# ---------------------------------------------------------------------- compilers
-
-quiet = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore::FutureWarning",
-    "ignore:The .grad attribute of a Tensor that is not a leaf",  # Dynamo looks at it
+from cases import assert_same, error
+from convert_cases import (
+    EXACTLY,
+    GAMMA,
+    Looped,
+    leaf,
+    looped,
+    pair,
+    ruled,
+    straight,
+    train,
 )
-
-
-@pytest.fixture
-def compiler():
-    torch.compiler.reset()
-    yield CompileCounterWithBackend("aot_eager")
-    torch.compiler.reset()
-
-
-@quiet
-@pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
-def test_blocks_compiled_in_place_share_one_graph(compiler, p):
-    """One graph serves every block, the forward pass and the replay; its code is the same in both directions."""
-    model, reference = pair(looped(depth=6, p=p))
-    for block in model.blocks:
-        block.compile(backend=compiler)
-    x = leaf(4, 6)
-    expected = train(reference, ruled(reference, GAMMA), x)
-    for _ in range(3):
-        assert_same(train(model, model, x), expected, TOLERANCE)
-    assert compiler.frame_count == 1, "the blocks differ by their parameters alone"
-
-
-@quiet
-def test_compiled_blocks_that_return_tuples(compiler):
-    def loop(blocks, x):
-        extras = []
-        for block in blocks:
-            x, extra, _ = block(x)
-            extras.append(extra)
-        return x, extras
-
-    model, reference = pair(looped(loop, kind=TupleBlock))
-    for block in model.blocks[1:]:  # and one that is not
-        block.compile(backend=compiler)
-    x = leaf(4, 6)
-    assert_same(train(model, model, x), train(reference, ruled(reference, GAMMA), x), TOLERANCE)
-    assert compiler.frame_count > 0
-
-
-@quiet
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a step"])
-def test_the_whole_model_compiled(compiler, used):
-    """Right; the frame with the loop runs as ordinary Python."""
-    model, reference = pair(looped())
-    x = leaf(4, 6)
-    expected = train(reference, ruled(reference, GAMMA), x)
-    if used:
-        train(model, model, x)
-    compiled = torch.compile(model, backend=compiler)
-    for _ in range(2):
-        assert_same(train(model, compiled, x), expected, TOLERANCE)
-    with torch.no_grad():
-        assert error(compiled(x), ruled(reference, GAMMA)(x)) < TOLERANCE
-
-
-@quiet
-@pytest.mark.slow
-def test_a_whole_resnet_compiled(compiler):
-    model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [3, 1, 1, 1], num_classes=5)
-    model = perturbed(model)
-    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
-    convert(model, Momentum(GAMMA))
-    plain = copy.deepcopy(model)
-    expected = train(plain, plain, x)
-    assert_same(train(model, torch.compile(model, backend=compiler), x), expected, 1e-10)
-    assert compiler.frame_count > 0, "the stem and the head are compiled"
-
-
-@quiet
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a step"])
-def test_a_block_put_back_compiled(compiler, used):
-    """``torch.compile(block)`` instead of ``block.compile()``: another module stands in the list."""
-    model, reference = pair(looped())
-    x = leaf(4, 6)
-    expected = train(reference, ruled(reference, GAMMA), x)
-    if used:
-        train(model, model, x)
-    for i in range(5):
-        model.blocks[i] = torch.compile(model.blocks[i], backend=compiler)
-    actual = train(model, model, x)
-    assert_same({k.replace("_orig_mod.", ""): v for k, v in actual.items()}, expected, TOLERANCE)
-
-
-# ---------------------------------------------------------------------- functions of parameters
+from reversa.convert import convert, explain, restore
+from reversa.errors import ConversionError
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a step"])
@@ -138,7 +37,7 @@ def test_functional_call_with_other_parameters(used):
         for p in reference.parameters():
             p.mul_(1.1)
     theirs = torch.autograd.grad(ruled(reference, GAMMA)(x).square().sum(), list(reference.parameters()))
-    assert all(error(a, b) < TOLERANCE for a, b in zip(ours, theirs, strict=True))
+    assert all(error(a, b) < EXACTLY for a, b in zip(ours, theirs, strict=True))
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -155,10 +54,10 @@ def test_functional_gradients(used):
 
     ruled(reference, GAMMA)(x).square().sum().backward()
     expected = {name: p.grad for name, p in reference.named_parameters()}
-    assert_same(grad(loss)(parameters, x), expected, TOLERANCE)
+    assert_same(grad(loss)(parameters, x), expected, EXACTLY)
 
     each = vmap(grad(loss), in_dims=(None, 0))(parameters, x[:, None])
-    assert_same({name: g.sum(0) for name, g in each.items()}, expected, TOLERANCE)
+    assert_same({name: g.sum(0) for name, g in each.items()}, expected, EXACTLY)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -166,7 +65,7 @@ def test_a_checkpoint_around_the_model(reentrant):
     model, reference = pair(looped(p=0.2))
     x = leaf(4, 6)
     expected = train(reference, ruled(reference, GAMMA), x)
-    assert_same(train(model, lambda x: checkpoint(model, x, use_reentrant=reentrant), x), expected, TOLERANCE)
+    assert_same(train(model, lambda x: checkpoint(model, x, use_reentrant=reentrant), x), expected, EXACTLY)
 
 
 def test_a_checkpoint_around_each_block():
@@ -179,171 +78,70 @@ def test_a_checkpoint_around_each_block():
     reference_loop, model.loop = reference.loop, loop
     assert reference_loop is straight
     x = leaf(4, 6)
-    assert_same(train(model, model, x), train(reference, ruled(reference, GAMMA), x), TOLERANCE)
+    assert_same(train(model, model, x), train(reference, ruled(reference, GAMMA), x), EXACTLY)
 
 
-# ---------------------------------------------------------------------- several processes
-
-WORLD, BATCH = 2, 3
+# ---------------------------------------------------------------------- other changes of a module's class
 
 
-class Model(nn.Module):
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class OwnWeight(nn.Module):
+    """A block with a parameter of its own, which a parametrisation can take."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
-        self.blocks = nn.ModuleList(Block() for _ in range(5))
+        self.weight = nn.Parameter(torch.randn(6, 6))
 
     def forward(self, x):
-        return self.head(straight(list(self.blocks), self.stem(x)))
+        return x + torch.tanh(x @ self.weight)
 
 
-def _models(example: bool = False) -> tuple[Model, Model, torch.Tensor]:
-    torch.manual_seed(0)
-    model, x = perturbed(Model()), torch.randn(WORLD * BATCH, 6, dtype=torch.float64)
-    reference = copy.deepcopy(model)
-    return convert(model, Momentum(GAMMA), example=x if example else None), reference, x  # type: ignore[return-value]
+def test_a_converted_block_that_another_library_makes_a_subclass_of():
+    """Parametrisations, and FSDP2 too, swap the class of an instance for a subclass of it."""
+    model, reference = pair(looped(kind=OwnWeight))
+    for module in (model, reference):
+        for block in module.blocks:
+            parametrize.register_parametrization(block, "weight", Double())
+    x = leaf(4, 6)
+    expected = train(reference, ruled(reference, GAMMA), x)
+    assert_same(train(model, model, x), expected, EXACTLY)
+    assert len(explain(model).stages[0].blocks) == 5
+    with pytest.raises(ConversionError, match="converted already"):
+        convert(model)
+    for block in model.blocks:
+        parametrize.remove_parametrizations(block, "weight")
+    restore(model)
+    assert type(model.blocks[0]) is OwnWeight
+    assert type(model) is Looped
 
 
-def _expected(reference: Model, x: torch.Tensor):
-    reference.zero_grad()
-    y = reference.head(straight(by_rule(reference.blocks, GAMMA), reference.stem(x)))
-    y.square().mean().backward()
-    return gradients(reference)
-
-
-def _ddp(rank: int, mine: slice) -> None:
-    for settings in ({}, {"static_graph": True, "gradient_as_bucket_view": True}):
-        model, reference, x = _models()
-        ddp = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-3, **settings)
-        expected = _expected(reference, x)
-        for _ in range(2):
-            model.zero_grad()
-            ddp(x[mine]).square().mean().backward()
-            assert_same(gradients(model), expected, 1e-12)
-
-
-def _fsdp(rank: int, mine: slice) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (WORLD,))
-
-    def shard(model: Model, reshard: bool) -> None:
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(model, mesh=mesh)
-
-    for example, reshard in ((True, True), (False, True), (True, False)):
-        model, reference, x = _models(example)
-        shard(model, reshard)
-        optimisers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
-        for _ in range(2):
-            model.zero_grad()
-            model(x[mine]).square().mean().backward()
-            expected = _expected(reference, x)
-            actual = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-            assert_same(actual, expected, 1e-11)
-            for optimiser in optimisers:
-                optimiser.step()
-
-
-def _process(rank: int, folder: str, work) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def test_to_restore_what_another_library_made_a_subclass_of_is_right_or_refused():
+    model = convert(looped(kind=OwnWeight))
+    parametrize.register_parametrization(model.blocks[2], "weight", Double())
+    x = torch.randn(4, 6, dtype=torch.float64)
+    plain = looped(kind=OwnWeight)
+    parametrize.register_parametrization(plain.blocks[2], "weight", Double())
+    plain.load_state_dict(model.state_dict())
     try:
-        work(rank, slice(rank * BATCH, (rank + 1) * BATCH))
-    finally:
-        dist.destroy_process_group()
+        restore(model)
+    except ConversionError as error:
+        refused = str(error)
+    else:
+        refused = ""
+        assert torch.equal(model(x), plain(x))
+    assert not refused or "blocks.2" in refused
 
 
-needs_gloo = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch is built without gloo"
-)
-
-
-@needs_gloo
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_ddp(tmp_path):
-    mp.spawn(_process, args=(str(tmp_path), _ddp), nprocs=WORLD)
-
-
-@needs_gloo
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="FSDP2 on the CPU needs torch >= 2.9"
-)
-def test_fsdp2_for_each_block(tmp_path):
-    mp.spawn(_process, args=(str(tmp_path), _fsdp), nprocs=WORLD)
-
-
-# ---------------------------------------------------------------------- memory
-
-
-def wide(depth: int) -> Looped:
-    return Looped((Block(64) for _ in range(depth)), straight)
-
-
-def measure(model: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
-    """Live bytes of a training step in units of x: at the peak, after the forward pass, after the step."""
-    model(x).mean().backward()
-    with no_collector(), LiveBytes(exclude=[model, x]) as counted:
-        loss = model(x).mean()
-        held = counted.live
-        loss.backward()
-        peak = counted.peak
-        del loss
-    return peak / x.nbytes, held / x.nbytes, counted.live / x.nbytes
-
-
-def test_memory_does_not_grow_with_depth():
-    """At this gamma no depth here needs an anchor. What is the same to three digits is 0.1 % of a step."""
-    x = torch.randn(2048, 64)
-    shallow, deep = (measure(convert(wide(depth), Momentum(0.999)), x) for depth in (8, 64))
-    assert deep[0] == pytest.approx(shallow[0], rel=1e-3)
-    assert deep[1] == pytest.approx(shallow[1], rel=2e-3)
-    assert deep[1] < 3.01
-    assert deep[2] == 0
-    one, two = (measure(wide(depth), x) for depth in (8, 64))
-    assert two[1] - one[1] > 56, "the original stores an activation in each block"
-    assert two[0] > 4 * deep[0]
-
-
-def test_memory_of_a_resnet_does_not_grow_with_its_blocks():
-    def peak(blocks: int) -> float:
-        net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, blocks, 1, 1], num_classes=3)
-        return measure(convert(net, Momentum(0.999)), torch.randn(2, 3, 64, 64))[0]
-
-    assert peak(12) == pytest.approx(peak(4), rel=0.02)  # statistics of the norms, per block, are what differs
-
-
-def test_inputs_kept_for_each_tap_cost_their_states_alone():
-    """A loss on every hidden state keeps the hidden states; no velocity with them."""
-    x = torch.randn(2048, 64)
-
-    def taps(blocks, x):
-        return torch.stack([(x := block(x)).square().mean() for block in blocks])
-
-    held = []
-    for depth in (8, 24):
-        model = convert(Looped((Block(64) for _ in range(depth)), taps), Momentum(0.999))
-        held.append(measure(model, x)[1])
-    assert held[1] - held[0] == pytest.approx(16, abs=0.05)
-
-
-def test_storing_is_what_it_says():
-    x = torch.randn(2048, 64)
-    stored, inverted = (measure(convert(wide(16), Momentum(0.999), engine=engine), x) for engine in (Store(), Invert()))
-    assert stored[1] > inverted[1] + 16
-
-
-def test_importing_the_conversion_loads_torch_alone():
-    code = (
-        "import sys, reversa.convert\n"
-        "third = {'torchvision', 'timm', 'transformers', 'lightning', 'jsonargparse', 'rich', 'sklearn', 'matplotlib'}\n"
-        "print(sorted(third & {name.partition('.')[0] for name in sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_spectral_norm_moves_its_vectors_once():
+    model = looped()
+    for block in model.blocks:
+        parametrizations.spectral_norm(block.body[0])
+    model, reference = pair(model)
+    x = leaf(4, 6)
+    actual, expected = train(model, model, x), train(reference, ruled(reference, GAMMA), x)
+    assert any("_u" in name for name in expected)
+    assert_same(actual, expected, EXACTLY)

@@ -490,7 +490,7 @@ def test_nothing_is_left_behind_for_the_collector():
     gc.disable()
     try:
         find(model, X)
-        left = [o for o in gc.get_objects() if isinstance(o, Loop) and o is not model]
+        left = [o for o in gc.get_objects() if issubclass(type(o), Loop) and o is not model]
     finally:
         gc.enable()
     assert left == []
@@ -552,6 +552,14 @@ def test_the_live_model_is_not_touched(shape):
         with pytest.raises(ConversionError):
             find(model, torch.zeros(shape))
     assert_untouched(model, before)
+
+
+def test_hooks_on_the_live_model_see_nothing():
+    model, seen = Loop(), []
+    model.b1.register_forward_hook(lambda module, args, output: seen.append(output))
+    model.b2.register_forward_pre_hook(lambda module, args: seen.append(args))
+    assert lengths(find(model, X)) == {"b1-b3": 3}
+    assert seen == []
 
 
 def test_the_callers_modes_make_no_difference():

@@ -335,7 +335,7 @@ def unbroken(tmp_path_factory):
     return train(tiny(tmp_path_factory.mktemp("runs") / "unbroken"))
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 6])
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 8])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(unbroken, tmp_path, step):
     config = tiny(tmp_path / "broken")
     with pytest.MonkeyPatch.context() as patch:

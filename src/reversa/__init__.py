@@ -1,6 +1,7 @@
 """Reversa: deep residual networks whose activation memory does not grow with depth."""
 
 from reversa import errors, models, schemes
+from reversa.check import CheckReport, check
 from reversa.convert import convert, explain, restore
 from reversa.engine import Invert, Offload, Recompute, Store, is_replaying
 from reversa.errors import ReversaError
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdditiveCoupling",
+    "CheckReport",
     "Invert",
     "Momentum",
     "Offload",
@@ -19,6 +21,7 @@ __all__ = [
     "ReversaError",
     "ReversibleSequence",
     "Store",
+    "check",
     "convert",
     "errors",
     "explain",

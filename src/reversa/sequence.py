@@ -1,5 +1,7 @@
 """ReversibleSequence: the one place where a scheme, residual functions and an engine meet."""
 
+# pyright: reportUnnecessaryIsInstance=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence

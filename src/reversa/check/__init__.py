@@ -25,6 +25,9 @@ def check(model: nn.Module, *inputs: Any, loss: Loss | None = None, **kwargs: An
     - buffers and random generators after the step;
     - the gradient from stored activations with the slope of the loss, measured by differences.
 
+    Weights that are all zero, as a fresh model may have them at the end of each block, are given small random values
+    for the check: what they multiply could not be seen otherwise.
+
     It works on copies: the model, its gradients, buffers and modes, the inputs and the generators stay as they are. It
     takes about the memory of ordinary training, and the time of ten training steps.
 

@@ -156,7 +156,9 @@ class Case:
                 "Check it before it is wrapped for distributed training, and before it keeps tensors with a graph."
             ) from error
         model.zero_grad(set_to_none=True)
-        return Copy(model.double() if double else model, tree_map(fresh, self.args), tree_map(fresh, self.kwargs))
+        model = model.double() if double else model
+        _wake(model)
+        return Copy(model, tree_map(fresh, self.args), tree_map(fresh, self.kwargs))
 
     def forward(self, copied: Copy) -> Tensor:
         """The loss, with the random numbers that every run begins with."""
@@ -208,6 +210,14 @@ class Case:
         copied.shift(size)
         watch(copied.model, Store())
         return float(self.forward(copied).detach())
+
+
+def _wake(model: nn.Module) -> None:
+    """Give small random values to trainable parameters that are all zero: what they multiply could not be checked."""
+    with torch.no_grad():
+        for seed, p in enumerate(model.parameters()):
+            if p.requires_grad and not p.any():
+                p.add_(_direction(p, seed), alpha=0.1)
 
 
 def _direction(t: Tensor, seed: int) -> Tensor:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-import reversa
+from reversa.check import check
+from reversa.convert import convert
 from reversa.errors import SettingError, import_extra, nearest
 from reversa.schemes import SCHEMES
 from reversa.train.config import make_scheme
@@ -24,10 +25,10 @@ def run(arguments: Sequence[str]) -> int:
         if getattr(settings, name) < 1:
             raise SettingError(f"--{name} must be at least 1, got {getattr(settings, name)}")
     scheme = make_scheme(settings.scheme, settings.gamma)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(settings.seed)
-        model = reversa.convert(_model(settings.model), scheme=scheme)
-        report = reversa.check(model, torch.randn(settings.batch, 3, settings.image, settings.image))
+        model = convert(_model(settings.model), scheme=scheme)
+        report = check(model, torch.randn(settings.batch, 3, settings.image, settings.image))
     print(json.dumps(report.to_dict(), indent=2) if settings.json else report)
     return RIGHT if report.ok else WRONG
 

@@ -72,7 +72,7 @@ def convert(
     _check_settings(model, scheme, engine, exact, between)
     findings = find(model, example)
     chosen = _choose(findings, stages)
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     for name in (name for found in chosen for name in found.blocks):
         refuse_unswitchable(modules[name], name)
     for found in chosen:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from reversa.convert.record import Call, Key, Seen, record
-from reversa.convert.residual import after_addition
+from reversa.convert.residual import after_addition, edge_of
 
 ONE_BLOCK = "a run of one block, which would save little"
 UNCALLED = "is not called in the forward pass"
@@ -121,8 +120,8 @@ def why_no_block(module: nn.Module, key: Key, args: tuple[Any, ...], kwargs: Map
 
 def why_no_residual(f: Tensor, x: Tensor) -> str | None:
     """Why ``f = y - x``, freshly computed from x, does not come from a residual block; None where it does."""
-    y = get_gradient_edge(f).node.next_functions[0]
-    if y[0] is not None and after_addition((y[0], y[1]), tuple(get_gradient_edge(x))[:2]) is not None:
+    node, number = edge_of(f)[0].next_functions[0]
+    if node is not None and after_addition((node, number), edge_of(x)) is not None:
         return None
     return "no residual addition found"
 

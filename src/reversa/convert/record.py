@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode  # private: PyTorch has no public name for them
-from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
-from reversa.convert.residual import Edge
+from reversa.convert.residual import Edge, edge_of
 from reversa.engine.steps import first_tensor
 from reversa.errors import ConversionError
 
@@ -38,8 +37,7 @@ class Seen:
 
     @staticmethod
     def of(tensor: Tensor) -> Seen:
-        edge = get_gradient_edge(tensor) if tensor.requires_grad else None
-        return Seen(tensor, tensor._version, edge and (edge.node, edge.output_nr))
+        return Seen(tensor, tensor._version, edge_of(tensor) if tensor.requires_grad else None)
 
     @property
     def changed(self) -> bool:
@@ -102,7 +100,7 @@ def _with_graph(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
-    """Hooks on every module that fill the list; taken off at the end, for they refer to the model that refers to them."""
+    """Hooks on every module that fill the list; taken off at the end, lest they keep the model in a cycle."""
     names = {module: name for name, module in model.named_modules()}
     running: list[Call] = []
 
@@ -117,11 +115,13 @@ def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
         call.output = Seen.of(carried) if isinstance(carried, Tensor) else None
         call.writes = {key for key, seen in call.inputs.items() if seen.changed}
 
-    for module in names:
-        module._forward_hooks.clear()  # the user's: what they reach is not a copy
-        module._forward_pre_hooks.clear()
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        module.register_forward_hook(after)
+    with ExitStack() as hooks:
+        for module in names:
+            module._forward_hooks.clear()  # the user's: what they reach is not a copy
+            module._forward_pre_hooks.clear()
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(after))
+        yield
 
 
 @contextmanager

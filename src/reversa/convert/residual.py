@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from torch.autograd.graph import Node
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 Edge = tuple[Node, int]
 """A node of the graph and the number of its output: the place in the graph where one tensor was made."""
@@ -28,6 +29,12 @@ _AFTER = {
 }
 
 
+def edge_of(tensor: Tensor) -> Edge:
+    """Where a tensor that requires a gradient was made."""
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
 def after_addition(output: Edge, source: Edge) -> tuple[str, ...] | None:
     """What acts on ``x + f(x)`` before it leaves the block, outermost first; None without a residual addition.
 
@@ -39,12 +46,10 @@ def after_addition(output: Edge, source: Edge) -> tuple[str, ...] | None:
         ``()`` for ``x + f(x)``, ``("relu",)`` for ``relu(x + f(x))``, ``("norm",)`` for ``norm(x + f(x))``.
 
     >>> import torch
-    >>> from torch.autograd.graph import get_gradient_edge
     >>> x = torch.ones(2, requires_grad=True)
-    >>> edge = lambda t: tuple(get_gradient_edge(t))[:2]
-    >>> after_addition(edge(torch.relu(x + x.exp())), edge(x))
+    >>> after_addition(edge_of(torch.relu(x + x.exp())), edge_of(x))
     ('relu',)
-    >>> after_addition(edge(torch.relu(x.exp())), edge(x)) is None
+    >>> after_addition(edge_of(torch.relu(x.exp())), edge_of(x)) is None
     True
     """
     acts: list[str] = []

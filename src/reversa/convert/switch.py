@@ -10,7 +10,7 @@ import copy
 import copyreg
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,8 @@ def _switched(original: type[nn.Module], members: Members) -> type[nn.Module]:
         "__reduce_ex__": reduce_ex,
         _ORIGINAL: original,
     }
-    switched = type(original)(original.__name__, (original,), names)
+    metaclass = cast(Callable[..., type[nn.Module]], type(original))
+    switched = metaclass(original.__name__, (original,), names)
     # After the class is made: a base class may wrap whatever forward a new subclass brings along.
     for name, member in members(original).items():
         setattr(switched, name, member)

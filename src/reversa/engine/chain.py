@@ -257,7 +257,7 @@ class Chain:
     def _evaluate(self, step: int, argument: Tensor) -> tuple[_Unit, Tensor]:
         """Evaluate ``f`` of a step once more: the tensors that it saves, and its value."""
         evaluation = self._steps[step]
-        leaf = argument.detach().requires_grad_(evaluation.needs_grad)
+        leaf = evaluation.as_given(argument).requires_grad_(evaluation.needs_grad)
         tensors: list[Tensor] = []
         saved: Saved = []
 

@@ -1,5 +1,7 @@
 """States computed back from the end: the engine that the library exists for."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping

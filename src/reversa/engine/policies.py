@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from reversa.engine.steps import Function, PlainSteps, Steps, is_recording, plain_step
 from reversa.engine.watch import AsRecorded, Watch
@@ -99,7 +100,8 @@ class _OffloadSteps(Steps):
 class Recompute(Engine):
     """The state before every ``every``-th step is stored, and the steps after it are computed forwards again.
 
-    Memory grows with depth as ``length / every`` states. It needs no inverse and drifts not at all.
+    With ``every=1`` it is the argument of each residual function. Memory grows with depth as ``length / every``. It
+    needs no inverse and drifts not at all.
 
     Source: ``torch.utils.checkpoint`` (non-reentrant); statistics of normalisation layers move once, not twice.
 
@@ -127,6 +129,8 @@ class Recompute(Engine):
     def run(
         self, scheme: Scheme, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[State, Any]:
+        if self.every == 1:
+            return super().run(scheme, fs, state, args, kwargs)
         steps = _RecomputeSteps(scheme)
         output = None
         for first in range(0, len(fs), self.every):
@@ -134,18 +138,19 @@ class Recompute(Engine):
         return state, output
 
     def kept_states(self, scheme: Scheme, length: int, dtype: torch.dtype) -> str:
-        return f"{-(-length // self.every)} states"
+        return f"{-(-length // self.every)} {'arguments' if self.every == 1 else 'states'}"
 
 
 class _RecomputeSteps(Steps):
     def _take(
         self, f: Function, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: Any, where: object
     ) -> tuple[State, Any]:
-        def one(*state: torch.Tensor) -> tuple[State, Any]:
-            return plain_step(self.scheme, f, state, step, args, kwargs, where)
+        """The function alone is checkpointed: its argument is stored, not the whole state."""
 
-        step = self.taken
-        return _checkpointed(one, state, [module], where)
+        def recomputed(*given: Any, **named: Any) -> Any:
+            return _checkpointed(partial(f, **named), given, [module], where)
+
+        return plain_step(self.scheme, recomputed, state, self.taken, args, kwargs, where)
 
     def several(
         self, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -162,12 +167,12 @@ class _RecomputeSteps(Steps):
         return _checkpointed(some, state, fs, where)
 
 
-def _checkpointed(function: Any, state: State, modules: Sequence[Any], where: object) -> tuple[State, Any]:
+def _checkpointed(function: Any, given: Sequence[Any], modules: Sequence[Any], where: object) -> Any:
     if not is_recording():
-        return function(*state)
+        return function(*given)
     watches = [Watch(module) for module in modules]
     contexts = nullcontext(), AsRecorded(watches, where)
-    result = checkpoint(function, *state, use_reentrant=False, context_fn=lambda: contexts)
+    result = checkpoint(function, *given, use_reentrant=False, context_fn=lambda: contexts)
     for watch in watches:
         watch.settle(where)
     return result

@@ -6,6 +6,8 @@ back for its duration; what was changed in place meanwhile is a :class:`~reversa
 leave no trace: statistics move once, the generator ends where it was.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -106,18 +108,27 @@ def _alias(leaf: Any, argument: Tensor | None) -> Any:
 class Evaluation:
     """One evaluation of one residual function, recorded so that it can be made again."""
 
-    __slots__ = ("autocast", "device", "extras", "f", "needs_grad", "random", "stand_ins", "watch", "where")
+    __slots__ = ("autocast", "device", "extras", "f", "needs_grad", "random", "stand_ins", "stride", "watch", "where")
 
     def __init__(self, f: Callable[..., Any], argument: Tensor, extras: Extras, module: Any, where: object) -> None:
         self.f = f
         self.where = where
         self.device = argument.device
         self.needs_grad = argument.requires_grad
+        self.stride = argument.stride()
         self.extras = extras.record(argument)
         self.watch = Watch(module)
         self.autocast = autocast_now(argument.device)
         self.random: RandomState | None = None  # None: f drew no random numbers
         self.stand_ins: Sequence[Tensor] = ()
+
+    def as_given(self, argument: Tensor) -> Tensor:
+        """A recovered argument, laid out in memory as the first one was: kernels and compiled code depend on it."""
+        if argument.stride() == self.stride or 0 in self.stride:
+            return argument.detach()
+        return torch.empty_strided(argument.shape, self.stride, dtype=argument.dtype, device=argument.device).copy_(
+            argument
+        )
 
     def again(self, argument: Tensor) -> Any:
         """``f`` at ``argument`` under the conditions of the first evaluation, without side effects.

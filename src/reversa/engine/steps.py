@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import cmath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -34,9 +34,14 @@ class Place:
         return f"step {self.step} ({kind})"
 
 
+def is_bundle(output: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether a residual function returned several things: a tuple or list, which its carried tensor begins."""
+    return isinstance(output, (tuple, list)) and len(cast(Sequence[Any], output)) > 0
+
+
 def first_tensor(output: Any) -> Any:
     """What a step goes on with: the output itself, or the first element of a tuple or list."""
-    return output[0] if isinstance(output, (tuple, list)) and output else output
+    return output[0] if is_bundle(output) else output
 
 
 def total(tensor: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def carried_value(output: Any, argument: Tensor, where: object) -> Tensor:
 
 
 def _kind(output: Any) -> str:
-    if isinstance(output, (tuple, list)) and output:
+    if is_bundle(output):
         return f"a {type(output).__name__} that begins with {type(output[0]).__name__}"
     return "None" if output is None else type(output).__name__
 
@@ -102,9 +107,8 @@ def with_value(output: Any, value: Tensor) -> Any:
     if isinstance(output, Tensor):
         return value
     rest = (value, *output[1:])
-    if hasattr(output, "_make"):
-        return type(output)._make(rest)
-    return type(output)(rest)
+    kind = cast(Any, type(output))
+    return kind._make(rest) if hasattr(kind, "_make") else kind(rest)
 
 
 def plain_step(

@@ -1,5 +1,7 @@
 """The residual step with a velocity: Momentum ResNets."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

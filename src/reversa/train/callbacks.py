@@ -121,7 +121,7 @@ class OrderlyStop(Callback):
             raise Stopped
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.asked and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+        if self.asked:
             raise Stopped
 
 

@@ -143,6 +143,7 @@ class _Run:
 
 
 def _trainer(config: TrainConfig, callbacks: list[Any]) -> Trainer:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
 
     from reversa.train.callbacks import WholeCheckpoints
@@ -162,7 +163,7 @@ def _trainer(config: TrainConfig, callbacks: list[Any]) -> Trainer:
             num_sanity_val_steps=0,
             deterministic=True,
         )
-    except (RuntimeError, ValueError) as error:  # Lightning's word for a device that is not there
+    except (MisconfigurationException, ValueError) as error:  # Lightning's word for a device that is not there
         raise SettingError(f"device={config.device}, precision={config.precision}: {error}") from error
     if trainer.precision != config.precision:  # Lightning takes another one with a warning
         raise SettingError(f"precision {config.precision} is not to be had on this device: choose {trainer.precision}")
@@ -191,7 +192,7 @@ def _own_settings(config: TrainConfig) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"lightning\.")  # its deprecations and tips are not the user's matter
         stack.callback(torch.set_num_threads, threads)

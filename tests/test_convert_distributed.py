@@ -1,0 +1,121 @@
+"""Converted models in two gloo processes: DDP, and FSDP2 for each block."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from cases import assert_same, gradients
+from convert_cases import (
+    GAMMA,
+    Block,
+    by_rule,
+    perturbed,
+    straight,
+)
+from reversa import Momentum
+from reversa.convert import convert, restore
+
+WORLD, BATCH = 2, 3
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList(Block() for _ in range(5))
+
+    def forward(self, x):
+        return self.head(straight(list(self.blocks), self.stem(x)))
+
+
+def _models(example: bool = False) -> tuple[Model, Model, torch.Tensor]:
+    torch.manual_seed(0)
+    model, x = perturbed(Model()), torch.randn(WORLD * BATCH, 6, dtype=torch.float64)
+    reference = copy.deepcopy(model)
+    return convert(model, Momentum(GAMMA), example=x if example else None), reference, x  # type: ignore[return-value]
+
+
+def _expected(reference: Model, x: torch.Tensor):
+    reference.zero_grad()
+    y = reference.head(straight(by_rule(reference.blocks, GAMMA), reference.stem(x)))
+    y.square().mean().backward()
+    return gradients(reference)
+
+
+def _ddp(rank: int, mine: slice) -> None:
+    for settings in ({}, {"static_graph": True, "gradient_as_bucket_view": True}):
+        model, reference, x = _models()
+        ddp = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-3, **settings)
+        expected = _expected(reference, x)
+        for _ in range(2):
+            model.zero_grad()
+            ddp(x[mine]).square().mean().backward()
+            assert_same(gradients(model), expected, 1e-12)
+
+
+def _fsdp(rank: int, mine: slice) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def shard(model: Model, reshard: bool) -> None:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(model, mesh=mesh)
+
+    for example, reshard, sharded_first in ((True, True, False), (False, False, False), (False, True, True)):
+        model, reference, x = _models(example)
+        if sharded_first:
+            restore(model)
+        shard(model, reshard)
+        if sharded_first:
+            convert(model, Momentum(GAMMA))
+        optimisers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
+        for _ in range(2):
+            model.zero_grad()
+            model(x[mine]).square().mean().backward()
+            expected = _expected(reference, x)
+            actual = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+            assert_same(actual, expected, 1e-11)
+            for optimiser in optimisers:
+                optimiser.step()
+
+
+def _process(rank: int, folder: str, work) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        work(rank, slice(rank * BATCH, (rank + 1) * BATCH))
+    finally:
+        dist.destroy_process_group()
+
+
+needs_gloo = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch is built without gloo"
+)
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ddp(tmp_path):
+    mp.spawn(_process, args=(str(tmp_path), _ddp), nprocs=WORLD)
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="FSDP2 on the CPU needs torch >= 2.9"
+)
+def test_fsdp2_for_each_block(tmp_path):
+    mp.spawn(_process, args=(str(tmp_path), _fsdp), nprocs=WORLD)
