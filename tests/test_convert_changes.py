@@ -1,4 +1,4 @@
-"""Loops that change the carried tensor: an error that names the blocks, or the velocity goes on; never a wrong number."""
+"""Loops that change the carried tensor: an error that names the blocks, or the velocity goes on; no wrong number."""
 
 from __future__ import annotations
 

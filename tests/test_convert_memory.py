@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torchvision
@@ -76,13 +73,3 @@ def test_storing_is_what_it_says():
     x = torch.randn(2048, 64)
     stored, inverted = (measure(convert(wide(16), Momentum(0.999), engine=engine), x) for engine in (Store(), Invert()))
     assert stored[1] > inverted[1] + 16
-
-
-def test_importing_the_conversion_loads_torch_alone():
-    code = (
-        "import sys, reversa.convert\n"
-        "third = {'torchvision', 'timm', 'transformers', 'lightning', 'jsonargparse', 'rich', 'matplotlib'}\n"
-        "print(sorted(third & {name.partition('.')[0] for name in sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

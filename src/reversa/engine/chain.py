@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from reversa.engine import _torch
 from reversa.engine.conditions import RandomState
+from reversa.engine.finite import refuse_not_finite, total
 from reversa.engine.replay import Evaluation, Extras, Saved, refuse_other_tensors
-from reversa.engine.steps import carried_value, first_tensor, is_finite, refuse_in_place, total
-from reversa.errors import ReplayError, ReversaError, StateError
+from reversa.engine.steps import carried_value, first_tensor, refuse_in_place
+from reversa.errors import ReplayError, ReversaError
 from reversa.schemes import Scheme, State
 
 _CHANGED_OUTPUT = (
@@ -178,7 +179,7 @@ class Chain:
         try:
             units, cursor = self._walk_to(last)
             if cursor.step == 0:
-                self._check_finite(cursor.state, recovered=True)
+                self._refuse_not_finite(cursor.state, recovered=True)
         finally:
             _torch.set_grad_enabled(grad_enabled)
         if len(units) == 1:
@@ -234,7 +235,7 @@ class Chain:
             raise
         except RuntimeError as error:
             raise ReplayError(_CHANGED_OUTPUT.format(where=where)) from error
-        self._check_finite(state, recovered=False)
+        self._refuse_not_finite(state, recovered=False)
         if task >= 0 and not _torch.graph_is_kept():
             self._held = None  # nobody can ask again: the nodes that would are freed as they run
         return state
@@ -280,28 +281,5 @@ class Chain:
         evaluation.stand_ins = ()
         return _Unit(captured, saved), value if value.dtype == argument.dtype else value.to(argument.dtype)
 
-    def _check_finite(self, state: State, recovered: bool) -> None:
-        """Look at the state after the last step, and at the one that was recovered before the first.
-
-        Raises:
-            StateError: it holds inf or nan; the message names the step where it began.
-        """
-        if isinstance(state[0], FakeTensor) or state[0].is_meta or all(map(is_finite, map(total, state))):
-            return
-        first, last = self._steps[0].where, self._steps[-1].where
-        if recovered:
-            raise StateError(
-                f"the state recovered before {first} is not finite, though the one after {last} was: the inverse lost "
-                "all digits in float arithmetic. Keep states in between with Invert(anchors='auto'), choose gamma "
-                "nearer to 1, or use float64."
-            )
-        for evaluation, sum_ in zip(self._steps, self._sums, strict=True):
-            if not is_finite(sum_):
-                raise StateError(
-                    f"{evaluation.where} returned inf or nan in the forward pass, so no state can be recovered from "
-                    "the end. Look at its input and weights, lower the learning rate, or use a wider data type."
-                )
-        raise StateError(
-            f"the state after {last} is not finite: the input of {first} was not, or a sum overflowed. "
-            "Look at the input, or use a wider data type."
-        )
+    def _refuse_not_finite(self, state: State, recovered: bool) -> None:
+        refuse_not_finite(state, [evaluation.where for evaluation in self._steps], self._sums, recovered)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, MappingProxyType
@@ -42,17 +41,6 @@ def is_bundle(output: Any) -> TypeGuard[Sequence[Any]]:
 def first_tensor(output: Any) -> Any:
     """What a step goes on with: the output itself, or the first element of a tuple or list."""
     return output[0] if is_bundle(output) else output
-
-
-def total(tensor: Tensor) -> Tensor:
-    """The sum of all elements, without a graph: finite only where all of them are."""
-    narrow = tensor.dtype in (torch.float16, torch.bfloat16)
-    return tensor.detach().sum(dtype=torch.float32 if narrow else None)
-
-
-def is_finite(total: Tensor) -> bool:
-    """Whether a sum is neither inf nor nan."""
-    return cmath.isfinite(total.item())
 
 
 def carried_value(output: Any, argument: Tensor, where: object) -> Tensor:
