@@ -65,7 +65,9 @@ def test_compiled_blocks_that_return_tuples(compiler):
     for block in model.blocks[1:]:  # and one that is not
         block.compile(backend=compiler)
     x = leaf(4, 6)
-    assert_same(train(model, model, x), train(reference, ruled(reference, GAMMA), x), EXACTLY)
+    expected = train(reference, ruled(reference, GAMMA), x)
+    for _ in range(2):  # a first call may be made without the compiler, to look at the block
+        assert_same(train(model, model, x), expected, EXACTLY)
     assert compiler.frame_count > 0
 
 

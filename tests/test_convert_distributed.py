@@ -83,7 +83,7 @@ def _fsdp(rank: int, mine: slice) -> None:
             model.zero_grad()
             model(x[mine]).square().mean().backward()
             expected = _expected(reference, x)
-            actual = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+            actual = {f"gradient of {name}": p.grad.full_tensor() for name, p in model.named_parameters()}
             assert_same(actual, expected, 1e-11)
             for optimiser in optimisers:
                 optimiser.step()

@@ -13,7 +13,7 @@ from convert_cases import (
     Looped,
     straight,
 )
-from reversa import Invert, Momentum, Store
+from reversa import Invert, Momentum, Recompute, Store
 from reversa.convert import convert
 from reversa.memory import LiveBytes
 
@@ -73,3 +73,11 @@ def test_storing_is_what_it_says():
     x = torch.randn(2048, 64)
     stored, inverted = (measure(convert(wide(16), Momentum(0.999), engine=engine), x) for engine in (Store(), Invert()))
     assert stored[1] > inverted[1] + 16
+
+
+def test_recomputing_keeps_the_carried_tensor_of_each_block():
+    """The argument of the block, and not the velocity beside it."""
+    x = torch.randn(2048, 64)
+    engine = Recompute()
+    one, two = (measure(convert(wide(depth), Momentum(0.999), engine=engine), x) for depth in (8, 24))
+    assert two[1] - one[1] == pytest.approx(16, abs=0.05)

@@ -299,6 +299,7 @@ def test_measuring_leaves_the_network_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_default_run_reads_digits(tmp_path):
     result = train(TrainConfig(out=str(tmp_path / "default")))
     assert result.test_accuracy >= 0.97

@@ -26,7 +26,7 @@ from reversa.schemes import Momentum, Scheme
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_FINDINGS = "_reversa_findings"
+_LEFT = "_reversa_left"
 
 
 def convert(
@@ -76,14 +76,14 @@ def convert(
     for name in (name for found in chosen for name in found.blocks):
         refuse_unswitchable(modules[name], name)
     for found in chosen:
-        stage = Stage(found.name, scheme, engine, len(found.blocks), between)
+        stage = Stage(found.name, scheme, engine, len(found.blocks), between, found.shape, found.after)
+        guessed = found.shape is None and stages == "auto"
         for index, name in enumerate(found.blocks):
-            switch_block(modules[name], Place(stage, index, name, found.key, guessed=found.shape is None))
+            switch_block(modules[name], Place(stage, index, name, found.key, guessed))
         for container in _containers(modules, found.blocks[0]):
             switch_container(container)
     unchosen = [(found.name, "not among the stages asked for") for found in findings.stages if found not in chosen]
-    left = [(block.name, block.reason) for block in findings.left]
-    model.__dict__[_FINDINGS] = (tuple(chosen), (*unchosen, *left))
+    model.__dict__[_LEFT] = (*unchosen, *((block.name, block.reason) for block in findings.left))
     return model
 
 
@@ -105,9 +105,15 @@ def restore(model: Model) -> Model:
     """
     if not _is_converted(model):
         raise ConversionError(f"restore needs a converted model, got a {type(model).__name__} with no reversible stage")
+    for name, module in model.named_modules():
+        if place_of(module) is not None and not is_switched(module):
+            raise ConversionError(
+                f"{name} was made a {type(module).__name__} by another library after the conversion (fully_shard, "
+                "a parametrization). Undo that first, then restore."
+            )
     for module in model.modules():
         switch_back(module)
-        module.__dict__.pop(_FINDINGS, None)
+        module.__dict__.pop(_LEFT, None)
     return model
 
 
@@ -121,32 +127,38 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
     if not _is_converted(model):
         findings = find(model, example)
         left = tuple((block.name, block.reason) for block in findings.left)
-        reports = (_report(found, len(found.blocks), "all activations", model) for found in findings.stages)
+        reports = (
+            _report(found.name, found.blocks, model, found.shape, found.after, "all activations")
+            for found in findings.stages
+        )
         return Explanation(False, "", tuple(reports), left)
-    found_stages, left = model.__dict__.get(_FINDINGS, ((), ()))
-    modules = dict(model.named_modules())
+    blocks: dict[Stage, list[str]] = {}
+    left = []
+    for name, module in model.named_modules():
+        if (place := place_of(module)) is not None:
+            blocks.setdefault(place.stage, []).append(name)
+        prefix = f"{name}." if name else ""
+        left += [(f"{prefix}{block}", reason) for block, reason in module.__dict__.get(_LEFT, ())]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    reports, rule = [], ""
-    for found in found_stages:
-        place = place_of(modules[found.blocks[0]])
-        if place is None:
-            continue
-        stage = place.stage
-        rule = f"{stage.scheme}, {stage.engine}"
-        reports.append(_report(found, stage.length, stage.engine.kept_states(stage.scheme, stage.length, dtype), model))
-    return Explanation(True, rule, tuple(reports), left)
+    reports = (
+        _report(s.name, names, model, s.shape, s.after, s.engine.kept_states(s.scheme, s.length, dtype))
+        for s, names in blocks.items()
+    )
+    rules = dict.fromkeys(f"{stage.scheme}, {stage.engine}" for stage in blocks)
+    return Explanation(True, "; ".join(rules), tuple(reports), tuple(left))
 
 
-def _report(found: FoundStage, length: int, kept: str, model: nn.Module) -> StageReport:
-    kind = type(model.get_submodule(found.blocks[0])).__name__
+def _report(
+    name: str, blocks: Sequence[str], model: nn.Module, shape: tuple[int, ...] | None, after: tuple[str, ...], kept: str
+) -> StageReport:
+    kind = type(model.get_submodule(blocks[0])).__name__
     note = ""
-    if found.after:
+    if after:
         note = (
-            f"the block ends with {', '.join(found.after)} after its residual addition; the carried tensor does not "
-            f"pass "
+            f"the block ends with {', '.join(after)} after its residual addition; the carried tensor does not pass "
             "through it any more, so pretrained weights need fine-tuning"
         )
-    return StageReport(found.name, found.blocks, kind, found.shape, kept, note)
+    return StageReport(name, tuple(blocks), kind, shape, kept, note)
 
 
 def _is_converted(model: nn.Module) -> bool:

@@ -33,6 +33,8 @@ class Stage:
     engine: Engine
     length: int
     between: Between = "error"
+    shape: tuple[int, ...] | None = None
+    after: tuple[str, ...] = ()
     _loose: dict[int, list[Link]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:

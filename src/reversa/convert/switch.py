@@ -106,10 +106,20 @@ def _rebuild(original: type[nn.Module], members: Members, *args: Any) -> nn.Modu
 def _container_members(original: type[nn.Module]) -> dict[str, Any]:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with scope():
-            return original.forward(self, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return _call_outside_dynamo(original, self, args, kwargs)
+        return _call_in_scope(original, self, args, kwargs)
 
     return {"forward": forward}
+
+
+def _call_in_scope(original: type[nn.Module], self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with scope():
+        return original.forward(self, *args, **kwargs)
+
+
+# Dynamo cannot break a graph inside a loop: the frame that holds the loop over the blocks runs as it is.
+_call_outside_dynamo = _torch.outside_dynamo(_call_in_scope)
 
 
 def _block_members(original: type[nn.Module]) -> dict[str, Any]:
@@ -184,12 +194,12 @@ def _take_carried(
 def _verify_guess(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, x: Tensor) -> None:
     """After the first call of a block that was found by structure alone: is it a residual block?
 
-    Its own graph tells; without one (no gradients here), a pass of a copy on fake tensors does. Where neither can,
+    Its own graph tells; without one (no gradients, compiled code), a pass of a copy on fake tensors does. Where neither can,
     the next call is looked at.
     """
     place: Place = block.__dict__[PLACE]
     residual = first_tensor(output)
-    if x.requires_grad and residual.requires_grad:
+    if x.requires_grad and residual.requires_grad and place.compiled is None:
         reason = why_no_residual(residual, x)
     else:
         plain = copy.copy(block)  # another thread may be using the block itself

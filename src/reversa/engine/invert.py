@@ -113,7 +113,7 @@ class _InvertSteps(Steps):
             self._look_at(state)
         if self.chain is None or len(self.chain) == self.interval:
             self.end()
-            self.chain = Chain(self.scheme, self.taken, self._group(state))
+            self.chain = Chain(self.scheme, self.taken, self._group(state, module))
         return self.chain.step(f, state, self._extras(args, kwargs), module, where)
 
     def _look_at(self, state: State) -> None:
@@ -126,9 +126,11 @@ class _InvertSteps(Steps):
             accept(self.scheme, self.inverted, dtype, under, self.engine.accept_drift)
         self.interval = self.engine.interval(self.scheme, self.length, dtype, under)
 
-    def _group(self, state: State) -> int:
+    def _group(self, state: State, module: Any) -> int:
         if self.engine.group is not None:
             return self.engine.group
+        if hasattr(module, "unshard"):  # FSDP2 gathers the parameters of one step at a time
+            return 1
         small = state[0].numel() * state[0].element_size() <= SMALL_STATE_BYTES
         return SMALL_STATE_GROUP if small else 1
 

@@ -134,7 +134,7 @@ class Bar(Callback):
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("steps, left"),
+            TextColumn("steps"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -158,4 +158,4 @@ class Bar(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row = self._record.rows[-1]
         told = f"epoch {row['epoch'] + 1}/{trainer.max_epochs}, loss {row['train_loss']:.3f}"
-        self._progress.update(self._task, description=f"{told}, validation accuracy {row['val_accuracy']:.1%}")
+        self._progress.update(self._task, description=f"{told}, val {row['val_accuracy']:.1%}")
