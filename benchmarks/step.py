@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import random
 import statistics
@@ -83,6 +84,8 @@ def time_workload(name: str, work: Workload, rows: dict[tuple[str, str], Row], s
     """Rounds in which everybody makes a step in turn; each time is divided by plain's of the same round."""
     functions, x = work.build(scheme, args.device)
     leaves = [x, *parameters(functions)]
+    wide, wide_x = copy.deepcopy(functions), x.detach().double().requires_grad_()
+    wide_leaves = [wide_x, *parameters([f.double() for f in wide])]
     stream = torch.randn([work.width if size is None else size for size in work.shape], device=args.device)
     runs: dict[str, Callable[[], object]] = {}
     want: Tensor | None = None
@@ -91,8 +94,9 @@ def time_workload(name: str, work: Workload, rows: dict[tuple[str, str], Row], s
         if row is None or row.failure == "not installed":
             continue
         try:
+            got = gradient(contestant.build(scheme, wide, work.dim), wide_x, wide_leaves)
             network = contestant.build(scheme, functions, work.dim)
-            got = gradient(network, x, leaves)
+            train(network, x, leaves, LOSSES[MEAN])
         except Exception as error:
             row.failure = describe(error)
             continue
@@ -219,8 +223,8 @@ Time: one forward and backward pass divided by plain backpropagation's in the sa
 interleaved rounds, ± half the distance between the quartiles. `floor` is 1 + (every residual function once more without
 a graph) / plain: what computing the states back must cost. Timed is CPU time where the device is the CPU.
 
-Gradient error: norm of the difference to plain's gradients over all parameters and the input, relative, in float32, the
-largest of the workloads; momentumnet rounds gamma to 16 bits.
+Gradient error: norm of the difference to plain's gradients over all parameters and the input, relative, in float64, the
+largest of the workloads; momentumnet rounds gamma to 16 bits and the velocity to float32.
 
 Memory: live bytes of tensors in units of the network's input, parameters and accumulated gradients aside, on
 Linear-Tanh-Linear functions (RevNet: two streams of half the width), at depth {depths}. `held` is what is alive

@@ -64,7 +64,9 @@ def parts_imported_by(path):
                 yield name.split(".")[1]
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.parent != SOURCE or f.stem != "__init__"], ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if f.parent != SOURCE or f.stem != "__init__"], ids=lambda p: str(p.relative_to(SOURCE))
+)
 def test_imports_point_one_way(path):
     own = part_of(path)
     for part in set(parts_imported_by(path)) - {own, "__version__"}:

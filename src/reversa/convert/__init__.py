@@ -80,8 +80,11 @@ def convert(
         guessed = found.shape is None and stages == "auto"
         for index, name in enumerate(found.blocks):
             switch_block(modules[name], Place(stage, index, name, found.key, guessed))
-        for container in _containers(modules, found.blocks[0]):
-            switch_container(container)
+    containers = [_containers(modules, found.blocks[0]) for found in chosen]
+    for inner, *_ in containers:
+        switch_container(inner, holds_loop=True)
+    for owner in (owner for _, *owners in containers for owner in owners):
+        switch_container(owner, holds_loop=False)
     unchosen = [(found.name, "not among the stages asked for") for found in findings.stages if found not in chosen]
     model.__dict__[_LEFT] = (*unchosen, *((block.name, block.reason) for block in findings.left))
     return model

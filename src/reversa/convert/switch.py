@@ -57,10 +57,15 @@ def switch_block(module: nn.Module, place: Place) -> None:
     module.__dict__[PLACE] = place
 
 
-def switch_container(module: nn.Module) -> None:
-    """Give every call of a container's forward a scope of its own."""
+def switch_container(module: nn.Module, holds_loop: bool) -> None:
+    """Give every call of a container's forward a scope of its own.
+
+    Args:
+        module: the container.
+        holds_loop: whether its forward runs over the blocks; or may, where it could iterate over a Sequential.
+    """
     if not is_switched(module) and "forward" not in module.__dict__:
-        module.__class__ = _switched(type(module), _container_members)
+        module.__class__ = _switched(type(module), _container_members if holds_loop else _owner_members)
 
 
 def switch_back(module: nn.Module) -> None:
@@ -108,6 +113,16 @@ def _container_members(original: type[nn.Module]) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return _call_outside_dynamo(original, self, args, kwargs)
+        return _call_in_scope(original, self, args, kwargs)
+
+    return {"forward": forward}
+
+
+def _owner_members(original: type[nn.Module]) -> dict[str, Any]:
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # the Sequential inside has a scope: compile what is around it
+            return original.forward(self, *args, **kwargs)
         return _call_in_scope(original, self, args, kwargs)
 
     return {"forward": forward}
@@ -177,11 +192,8 @@ def _take_carried(
     if isinstance(key, int) and key < len(args):
         x, args = args[key], (*args[:key], *args[key + 1 :])
     else:
-        key = (
-            key
-            if isinstance(key, str) and key in kwargs
-            else next((k for k, v in kwargs.items() if isinstance(v, Tensor)), "")
-        )
+        if key not in kwargs:
+            key = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), "")
         x, kwargs = kwargs.get(key), {k: v for k, v in kwargs.items() if k != key}
     if not isinstance(x, Tensor):
         raise BlockError(
@@ -194,8 +206,8 @@ def _take_carried(
 def _verify_guess(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, x: Tensor) -> None:
     """After the first call of a block that was found by structure alone: is it a residual block?
 
-    Its own graph tells; without one (no gradients, compiled code), a pass of a copy on fake tensors does. Where neither can,
-    the next call is looked at.
+    Its own graph tells; without one (no gradients, compiled code), a pass of a copy on fake tensors does. Where
+    neither can, the next call is looked at.
     """
     place: Place = block.__dict__[PLACE]
     residual = first_tensor(output)
