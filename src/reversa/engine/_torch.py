@@ -53,10 +53,11 @@ class _HeldTensor:
 
     def __init__(self, tensor: Tensor) -> None:
         with torch.enable_grad():
-            self.node: Any = _FunctionHold.apply(tensor, torch.zeros((), requires_grad=True)).grad_fn  # type: ignore[union-attr]
+            # The output keeps the node, and the node what it saved.
+            self.output: Any = _FunctionHold.apply(tensor, torch.zeros((), requires_grad=True))
 
     def unpack(self) -> Tensor:
-        return self.node.saved_tensors[0]
+        return self.output.grad_fn.saved_tensors[0]
 
 
 def hold(tensor: Tensor) -> SavedTensor:
