@@ -115,8 +115,11 @@ class Chain:
         if random is not None:
             self._random.append(random)
         self._sums.append(total(value))
-        self._latest = [(stream.detach(), stream._version) for stream in state]
         return state, output
+
+    def reach(self, state: State) -> None:
+        """The state after the latest step: where a backward pass from here on starts."""
+        self._latest = [(stream.detach(), stream._version) for stream in state]
 
     def end(self) -> None:
         """No step follows: give the latest state to autograd, where hooks of an outer chain or checkpoint see it.

@@ -15,8 +15,9 @@ from reversa.schemes import State
 
 def total(tensor: Tensor) -> Tensor:
     """The sum of all elements, without a graph: finite only where all of them are."""
-    narrow = tensor.dtype in (torch.float16, torch.bfloat16)
-    return tensor.detach().sum(dtype=torch.float32 if narrow else None)
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return tensor.detach().sum(dtype=torch.float32)
+    return tensor.detach().sum()
 
 
 def is_finite(total: Tensor) -> bool:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,6 +66,11 @@ class Invert(Engine):
     def begin(self, scheme: Scheme, length: int | None = None) -> Steps:
         return _InvertSteps(scheme, self, length)
 
+    def run(
+        self, scheme: Scheme, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[State, Any]:
+        return _InvertSteps(scheme, self, len(fs)).run(fs, state, args, kwargs)
+
     def interval(self, scheme: Scheme, length: int | None, dtype: torch.dtype, under: torch.dtype) -> int | None:
         """Steps from one kept state to the next; None where only the last is kept.
 
@@ -102,19 +107,23 @@ class _InvertSteps(Steps):
         self.chain: Chain | None = None
         self.extras: Extras | None = None
         self.begun = False
+        self.whole = False  # no backward pass comes between two steps
 
     def _take(
         self, f: Function, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: Any, where: object
     ) -> tuple[State, Any]:
         if not is_recording() or state[0].is_nested or (self.inverted is not None and self.taken >= self.inverted):
-            self.end()
+            self._complete(state)
             return plain_step(self.scheme, f, state, self.taken, args, kwargs, where)
         if not self.begun:
             self._look_at(state)
         if self.chain is None or len(self.chain) == self.interval:
-            self.end()
+            self._complete(state)
             self.chain = Chain(self.scheme, self.taken, self._group(state, module))
-        return self.chain.step(f, state, self._extras(args, kwargs), module, where)
+        state, output = self.chain.step(f, state, self._extras(args, kwargs), module, where)
+        if not self.whole:
+            self.chain.reach(state)
+        return state, output
 
     def _look_at(self, state: State) -> None:
         """What only a state tells: its data type, and so its drift."""
@@ -139,6 +148,22 @@ class _InvertSteps(Steps):
         if self.extras is None or self.extras.args is not args or self.extras.kwargs is not kwargs:
             self.extras = Extras(args, kwargs)
         return self.extras
+
+    def _complete(self, state: State) -> None:
+        """The chain ends with this state; another one may begin."""
+        if self.whole and self.chain is not None:
+            self.chain.reach(state)
+        self.end()
+
+    def run(
+        self, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[State, Any]:
+        """All steps, one directly after another."""
+        self.whole, output = True, None
+        for f in fs:
+            state, output = self.step(f, state, args, kwargs)
+        self._complete(state)
+        return state, output
 
     def end(self) -> None:
         if self.chain is not None:

@@ -35,6 +35,9 @@ def _versions(held: list[Tensor | None]) -> list[int | None]:
     return [None if t is None else t._version for t in held]
 
 
+_NO_COPIES: dict[int, Tensor] = {}
+
+
 class Watch:
     """The parameters, buffers and training flags that a module was evaluated with.
 
@@ -51,7 +54,8 @@ class Watch:
         self.training: list[bool] = []
         self.owners: list[Owner] = []
         self.statistics: list[Owner] = []
-        self.copies: dict[int, Tensor] = {}
+        self.copies: dict[int, Tensor] = _NO_COPIES
+        buffers = False
         for m in self.modules:
             self.training.append(m.training)
             if m._modules:
@@ -59,15 +63,17 @@ class Watch:
             if m._parameters:
                 self.owners.append(m._parameters)
             if m._buffers:
+                buffers = True
                 moves = m.training and isinstance(m, _NormBase)
                 (self.statistics if moves else self.owners).append(m._buffers)
         self.held = _held_by(self.owners)
         self.versions = _versions(self.held)
-        if any(m._buffers for m in self.modules):
+        if buffers:
             self._copy_buffers()
 
     def _copy_buffers(self) -> None:
         """Copy small buffers of modules in training, in case the evaluation writes to them (:meth:`settle`)."""
+        self.copies = {}
         writable = {id(m._buffers) for m in self.modules if m.training}
         for i, (owner, name) in enumerate(self._places()):
             tensor = owner[name]
