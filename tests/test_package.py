@@ -94,7 +94,8 @@ def test_importing_reversa_does_not_import_dynamo():
 
 def test_public_names_change_only_on_purpose():
     added, gone = set(reversa.__all__) - PUBLIC, PUBLIC - set(reversa.__all__)
-    assert (added, gone) == (set(), set()), f"added {sorted(added)}, gone {sorted(gone)}: edit PUBLIC and CHANGELOG.md together"
+    message = f"added {sorted(added)}, gone {sorted(gone)}: edit PUBLIC and CHANGELOG.md together"
+    assert (added, gone) == (set(), set()), message
     assert all(hasattr(reversa, name) for name in reversa.__all__)
 
 

@@ -193,9 +193,8 @@ def _choose(findings: Findings, stages: Literal["auto"] | Sequence[str]) -> list
     if not findings.stages:
         reasons = "".join(f"\n  {block.name}: {block.reason}" for block in findings.left[:8])
         raise ConversionError(
-            "no convertible stage was found. A stage is a run of at least two blocks in which each one's output is the "
-            "next "
-            f"one's input, of one shape and data type, with parameters and a residual addition.{reasons}"
+            "no convertible stage was found. A stage is a run of at least two blocks in which each one's output is "
+            f"the next one's input, of one shape and data type, with parameters and a residual addition.{reasons}"
         )
     if stages == "auto":
         return list(findings.stages)

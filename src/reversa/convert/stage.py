@@ -135,10 +135,9 @@ def _refuse(place: Place, links: list[Link]) -> None:
     before = f"block {links[-1].index}" if links else "the block before it"
     raise StateChanged(
         f"{place.name} (block {place.index} of stage {place.stage.name!r}) was not given the tensor that {before} "
-        f"returned: "
-        "it was computed from it, changed in place, used twice, or the block was called on its own. Leave these "
-        "blocks out of the stages, call the model as a whole, or convert(..., between='carry') to let the velocity go "
-        "on."
+        "returned: it was computed from it, changed in place, used twice, or the block was called on its own. Leave "
+        "these blocks out of the stages, call the model as a whole, or convert(..., between='carry') to let the "
+        "velocity go on."
     )
 
 

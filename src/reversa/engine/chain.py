@@ -27,8 +27,7 @@ from reversa.schemes import Scheme, State
 
 _CHANGED_OUTPUT = (
     "the output of {where}, where a reversible chain ends, was changed in place before the backward pass, which starts "
-    "from "
-    "it. Use an out-of-place operation there (for instance ReLU(inplace=False))."
+    "from it. Use an out-of-place operation there (for instance ReLU(inplace=False))."
 )
 
 
@@ -75,10 +74,8 @@ class Chain:
         self._starts: list[int] = [0]  # ... and where each step's part begins
         self._random: list[RandomState] = []  # before each of the latest steps, until _settle_random()
         self._sums: list[Tensor] = []  # of each step's value: not finite where the value is not
-        self._latest: list[tuple[Tensor, int]] | None = (
-            None  # the state after the last step, with versions; until end()
-        )
-        self._held: list[_torch.SavedTensor] | None = None  # the same in autograd's keeping; from end()
+        self._latest: list[tuple[Tensor, int]] | None = None  # the last state, with versions; until end()
+        self._held: list[_torch.SavedTensor] | None = None  # the last state in autograd's keeping; from end()
         self._cursor: _Cursor | None = None
         self._task = -1  # the backward pass that captured tensors belong to:
         self._captured = _Unit([], [])  # entries _from.._to of all saved tensors
@@ -162,8 +159,7 @@ class Chain:
         if tensor._version != saved[at][2]:
             raise ReplayError(
                 f"{self._steps[self._step_of(index)].where}: a tensor that its gradient needs is changed in place "
-                f"later in the "
-                "function. Replace the in-place operation by an ordinary one."
+                "later in the function. Replace the in-place operation by an ordinary one."
             )
         return tensor
 

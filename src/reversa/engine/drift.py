@@ -66,8 +66,7 @@ def accept(scheme: Scheme, steps: int, dtype: torch.dtype, under: torch.dtype, i
         return
     remedies = (
         f"{steps} steps of {scheme} in {dtype} without anchors: the backward pass recovers states with a relative "
-        f"error of "
-        f"about {drift:.0e}, and gradients with it. Use Invert(anchors='auto'), which keeps a state every "
+        f"error of about {drift:.0e}, and gradients with it. Use Invert(anchors='auto'), which keeps a state every "
         f"{anchor_interval(scheme, dtype, under)} steps; or gamma nearer to 1; or float64; or exact=True."
     )
     if drift > REFUSE_ABOVE and not insist:

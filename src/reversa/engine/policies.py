@@ -138,7 +138,7 @@ class Recompute(Engine):
         return state, output
 
     def kept_states(self, scheme: Scheme, length: int, dtype: torch.dtype) -> str:
-        return f"{-(-length // self.every)} {'arguments' if self.every == 1 else 'states'}"
+        return f"{-(-length // self.every)} {'arguments of f' if self.every == 1 else 'states'}"
 
 
 class _RecomputeSteps(Steps):

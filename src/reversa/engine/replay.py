@@ -175,9 +175,8 @@ def refuse_other_tensors(
         raise ReplayError(
             f"{evaluation.where} saved {len(expected)} tensors for its gradient in the forward pass, and "
             f"{'others' if len(saved) == len(expected) else len(saved)} when it was evaluated again. It must compute "
-            f"the "
-            "same thing twice: look for branches on state that it changes itself, a cache, or compiled code in one of "
-            "the two evaluations only."
+            "the same thing twice: look for branches on state that it changes itself, a cache, or compiled code in "
+            "one of the two evaluations only."
         )
     own = {tensor.untyped_storage()._cdata for tensor in (argument, *evaluation.stand_ins)}
     for tensor, (_, _, version), (shape, _, before) in zip(captured, saved, expected, strict=True):
@@ -185,6 +184,5 @@ def refuse_other_tensors(
             raise ReplayError(
                 f"{evaluation.where}: a tensor of shape {tuple(shape)} that its gradient needs was changed in place "
                 "between the forward and the backward pass. Call backward() before changing it, or run the forward "
-                "pass "
-                "again."
+                "pass again."
             )

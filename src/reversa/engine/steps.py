@@ -55,8 +55,7 @@ def carried_value(output: Any, argument: Tensor, where: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise BlockError(
             f"{where} returned {_kind(output)}; a reversible step needs a tensor of shape {tuple(argument.shape)}, or "
-            f"a tuple "
-            "or list that begins with one. Return the residual, or leave this block out of the sequence."
+            "a tuple or list that begins with one. Return the residual, or leave this block out of the sequence."
         )
     if value.is_nested or argument.is_nested:
         return value
