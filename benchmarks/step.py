@@ -1,6 +1,6 @@
 """What does a training step cost, in time and in memory? Reversa, PyTorch's checkpoint, and the published packages.
 
-``python benchmarks/step.py`` takes a quarter of an hour, ``--quick`` a minute or two.
+``python benchmarks/step.py`` takes ten minutes, ``--quick`` a minute or two.
 """
 
 from __future__ import annotations
