@@ -61,7 +61,8 @@ def trained(module, x, *, seed: int = 3, **kwargs):
 @pytest.mark.parametrize("engine", ["invert", "invert-one-by-one", "invert-keep2"])
 @pytest.mark.parametrize("case", NAMES)
 def test_replay_needs_no_graph_of_its_own(case, engine):
-    """As many graphs as the oracle's chain over compiled functions: one where all arguments are laid out alike."""
+    """One graph serves forward and replay of every step, since all arguments are laid out alike; never more than the
+    oracle's chain over compiled functions needs (whose first streams are views of the input)."""
     found, ours, plains = CASES[case], Counting(), Counting()
     fs = [mlp().double() for _ in range(6)]
     x = found.input(4, 6)
@@ -71,8 +72,9 @@ def test_replay_needs_no_graph_of_its_own(case, engine):
     seq = found.sequence([torch.compile(f, backend=ours, dynamic=False) for f in fs], INVERTERS[engine])
     for _ in range(2):
         assert_same(trained(seq, x), expected, 1e-12)
-    assert (ours.forwards, ours.backwards) == (plains.forwards, plains.backwards)
-    assert case == "revnet" or ours.forwards == 1
+    assert (ours.forwards, ours.backwards) == (1, 1)
+    assert plains.forwards >= 1
+    assert plains.backwards >= 1
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_kept_states_depend_on_the_data_type():
         (Invert(keep=2), "1 state and the activations of 2 steps"),
         (Invert(anchors=2), "3 states (one every 2 steps)"),
         (Store(), "the activations of 5 steps"),
-        (Recompute(), "5 arguments"),
+        (Recompute(), "5 arguments of f"),
         (Offload(), "the activations of 5 steps, in the host's memory"),
     ],
     ids=str,

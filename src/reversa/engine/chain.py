@@ -259,17 +259,12 @@ class Chain:
         evaluation = self._steps[step]
         leaf = evaluation.as_given(argument).requires_grad_(evaluation.needs_grad)
         tensors: list[Tensor] = []
-        saved: Saved = []
-
-        def capture(tensor: Tensor) -> None:
-            tensors.append(tensor)
-            saved.append((tensor.shape, tensor.dtype, tensor._version))
-
         _torch.set_grad_enabled(True)
-        _torch.push_hooks(capture, _no_backward)
+        _torch.push_hooks(tensors.append, _no_backward)
         try:
             value = first_tensor(evaluation.again(leaf))
             captured: list[Tensor | None] = [*tensors]
+            saved = [(tensor.shape, tensor.dtype, tensor._version) for tensor in tensors]
         finally:
             _torch.pop_hooks()
             _torch.set_grad_enabled(False)

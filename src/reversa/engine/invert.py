@@ -15,7 +15,7 @@ from reversa.engine.chain import Chain
 from reversa.engine.drift import accept, anchor_interval
 from reversa.engine.policies import Engine
 from reversa.engine.replay import Extras
-from reversa.engine.steps import Function, Steps, is_recording, plain_step
+from reversa.engine.steps import Function, Place, Steps, is_recording, plain_step
 from reversa.errors import SettingError
 from reversa.schemes import Scheme, State
 
@@ -107,22 +107,20 @@ class _InvertSteps(Steps):
         self.chain: Chain | None = None
         self.extras: Extras | None = None
         self.begun = False
-        self.whole = False  # no backward pass comes between two steps
 
     def _take(
         self, f: Function, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: Any, where: object
     ) -> tuple[State, Any]:
         if not is_recording() or state[0].is_nested or (self.inverted is not None and self.taken >= self.inverted):
-            self._complete(state)
+            self.end()
             return plain_step(self.scheme, f, state, self.taken, args, kwargs, where)
         if not self.begun:
             self._look_at(state)
         if self.chain is None or len(self.chain) == self.interval:
-            self._complete(state)
+            self.end()
             self.chain = Chain(self.scheme, self.taken, self._group(state, module))
         state, output = self.chain.step(f, state, self._extras(args, kwargs), module, where)
-        if not self.whole:
-            self.chain.reach(state)
+        self.chain.reach(state)
         return state, output
 
     def _look_at(self, state: State) -> None:
@@ -149,20 +147,23 @@ class _InvertSteps(Steps):
             self.extras = Extras(args, kwargs)
         return self.extras
 
-    def _complete(self, state: State) -> None:
-        """The chain ends with this state; another one may begin."""
-        if self.whole and self.chain is not None:
-            self.chain.reach(state)
-        self.end()
-
     def run(
         self, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[State, Any]:
-        """All steps, one directly after another."""
-        self.whole, output = True, None
-        for f in fs:
+        """All steps, one directly after another: no backward pass comes in between, so only ends are kept."""
+        output, inverted = None, len(fs) - self.engine.keep
+        if is_recording() and not state[0].is_nested and inverted > 0:
+            self._look_at(state)
+            extras, every = Extras(args, kwargs), self.interval or inverted
+            for first in range(0, inverted, every):
+                chain = Chain(self.scheme, first, self._group(state, fs[first]))
+                for f in fs[first : min(first + every, inverted)]:
+                    state, output = chain.step(f, state, extras, f, Place(f, self.taken))
+                    self.taken += 1
+                chain.reach(state)
+                chain.end()
+        for f in fs[self.taken :]:
             state, output = self.step(f, state, args, kwargs)
-        self._complete(state)
         return state, output
 
     def end(self) -> None:

@@ -182,7 +182,7 @@ def refuse_other_tensors(
     for tensor, (_, _, version), (shape, _, before) in zip(captured, saved, expected, strict=True):
         if version != before and tensor is not None and tensor.untyped_storage()._cdata not in own:
             raise ReplayError(
-                f"{evaluation.where}: a tensor of shape {tuple(shape)} that its gradient needs was changed in place "
-                "between the forward and the backward pass. Call backward() before changing it, or run the forward "
-                "pass again."
+                f"{evaluation.where}: a tensor of shape {tuple(shape)} that its gradient needs was changed in place, "
+                "later in the function or between the forward and the backward pass. Replace the in-place operation "
+                "by an ordinary one, and call backward() before changing parameters."
             )

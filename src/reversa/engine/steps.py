@@ -124,7 +124,7 @@ class Steps(ABC):
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
-        self.taken = 0
+        self.taken: int = 0
 
     @abstractmethod
     def _take(

@@ -35,8 +35,9 @@ class Coupling(Scheme):
                 f"{type(self).__name__}(dim={self.dim}) splits x into two equal streams, but dimension {self.dim} of "
                 f"{tuple(x.shape)} is odd. Choose an even width, or another dim."
             )
+        # Copies, so that a stream has the same layout before its first step and ever after: compiled code relies on it.
         one, two = x.chunk(2, self.dim)
-        return one, two
+        return one.clone(), two.clone()
 
     def close(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)
