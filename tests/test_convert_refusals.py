@@ -26,8 +26,8 @@ def test_settings_that_cannot_be():
     for scheme in (RevNet(), AdditiveCoupling(), Momentum(0.9, init=nn.Linear(6, 6))):
         with pytest.raises(SettingError, match=r"cannot take over another model's blocks.*Use Momentum"):
             convert(model, scheme)
-    with pytest.raises(SettingError, match="exact=True is not in this version"):
-        convert(model, exact=True)
+    with pytest.raises(SettingError, match=r"exact must be True, False, or an arithmetic.*got 64"):
+        convert(model, exact=64)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="between must be 'error' or 'carry', got 'reset'"):
         convert(model, between="reset")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"needs a torch.nn.Module, got list"):

@@ -85,7 +85,7 @@ def test_anchors_switched_off(gamma, quiet, warned, refused):
     with pytest.warns(DriftWarning):
         run(refused, accept_drift=True)
     for message in (str(caught[0].message), str(error.value)):
-        for remedy in ("anchors='auto'", "gamma", "float64"):
+        for remedy in ("anchors='auto'", "gamma", "exact=True", "float64"):
             assert remedy in message
     assert str(refused) in str(error.value)
     assert "accept_drift=True" in str(error.value)

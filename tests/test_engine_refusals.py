@@ -206,7 +206,7 @@ def test_an_input_or_a_sum_that_is_not_finite(engine):
     seq, x = sequence(engine=INVERTERS[engine])
     with torch.no_grad():
         x[0, 0] = float("inf")
-    with pytest.raises((StateError, ReplayError), match=r"not finite|inf or nan"):
+    with pytest.raises(StateError, match=r"step 0 \(Function\)"):
         seq(x).sum().backward()
 
 

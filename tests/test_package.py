@@ -18,6 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"schemes"},
+    {"exact"},
     {"engine"},
     {"sequence"},
     {"check", "models", "convert", "memory"},
@@ -40,6 +41,7 @@ PUBLIC = {
     "check",
     "convert",
     "errors",
+    "exact",
     "explain",
     "is_replaying",
     "models",
@@ -103,7 +105,10 @@ def blocks_of(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks_of("README.md"), ids=lambda code: code.strip().splitlines()[-1][:40])
+EXAMPLES = [*blocks_of("README.md"), *blocks_of("docs/exact.md")]
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.strip().splitlines()[-1][:40])
 def test_readme_examples_run(code, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})

@@ -261,6 +261,18 @@ def test_training_is_the_same_with_stored_activations(tmp_path, scheme):
     assert set(stored.costs) == {"store"}
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("scheme", ["momentum", "revnet"])
+def test_exact_training_has_the_bits_of_stored_activations(tmp_path, scheme, precision):
+    settings = {"epochs": 1, "precision": precision, "scheme": scheme, "exact": True}
+    inverted, stored = (train(tiny(tmp_path / engine, engine=engine, **settings)) for engine in ("invert", "store"))
+    assert inverted.rows[0]["train_loss"] == stored.rows[0]["train_loss"]
+    weights = [torch.load(tmp_path / e / "checkpoints/last.ckpt", weights_only=True) for e in ("invert", "store")]
+    one, two = (checkpoint["state_dict"] for checkpoint in weights)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert inverted.title.endswith(", exact")
+
+
 def test_mixed_precision_trains(tmp_path):
     result = train(tiny(tmp_path / "bf16", precision="bf16", epochs=1))
     assert result.config.precision == "bf16-mixed"

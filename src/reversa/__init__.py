@@ -1,6 +1,6 @@
 """Reversa: deep residual networks whose activation memory does not grow with depth."""
 
-from reversa import errors, models, schemes
+from reversa import errors, exact, models, schemes
 from reversa.check import CheckReport, check
 from reversa.convert import convert, explain, restore
 from reversa.engine import Invert, Offload, Recompute, Store, is_replaying
@@ -24,6 +24,7 @@ __all__ = [
     "check",
     "convert",
     "errors",
+    "exact",
     "explain",
     "is_replaying",
     "models",

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from reversa.engine import Engine, Invert, _torch
 from reversa.engine.steps import first_tensor, plain_step, with_value
 from reversa.engine.watch import AsRecorded, Watch
 from reversa.errors import SettingError, StateError
+from reversa.exact import Arithmetic, ExactScheme, check_exact, run_in, run_with
 from reversa.schemes import Scheme, State
 
 Block = nn.Module | Sequence[nn.Module]
@@ -30,7 +31,8 @@ class ReversibleSequence(nn.Module):
             one); tuples of modules ``(F, G)`` for schemes whose block has several functions. One module may
             stand at several places.
         scheme: the update rule.
-        exact: bit-for-bit reversal (not in this version).
+        exact: the backward pass computes back the very bits of the forward pass, at any depth: True, or the
+            arithmetic, :class:`reversa.exact.FixedPoint` or :class:`reversa.exact.Ratio`. States are integers then.
         engine: how the backward pass gets the states; may be changed at any time (``seq.engine = Store()``), with
             the same numbers.
 
@@ -48,16 +50,20 @@ class ReversibleSequence(nn.Module):
     """
 
     def __init__(
-        self, blocks: Iterable[Block], scheme: Scheme, exact: bool = False, engine: Engine | None = None
+        self,
+        blocks: Iterable[Block],
+        scheme: Scheme,
+        exact: bool | Arithmetic = False,
+        engine: Engine | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(scheme, Scheme):
             raise SettingError(
                 f"scheme must be one of reversa.schemes, for instance reversa.Momentum(0.9); got {scheme!r}"
             )
-        if exact:
-            raise SettingError("exact=True is not in this version; Invert(anchors='auto') keeps the drift below 1e-4")
+        check_exact(scheme, exact)
         self.scheme = scheme
+        self.exact = exact
         self.blocks = nn.ModuleList([_block(block, scheme, i) for i, block in enumerate(blocks)])
         if not len(self.blocks):
             raise SettingError("a ReversibleSequence needs at least one block, got none")
@@ -91,46 +97,81 @@ class ReversibleSequence(nn.Module):
             A tensor of x's shape; where the last residual function returns a tuple, that tuple with the
             output in the first place.
         """
-        state, output = self._run(self.scheme.open(x), args, kwargs)
-        return with_value(output, self.scheme.close(state))
+        scheme = self.scheme_for(x)
+        state, output = self._run(scheme, scheme.open(x), args, kwargs)
+        return with_value(output, scheme.close(state))
 
     def forward_state(self, state: State, *args: Any, **kwargs: Any) -> State:
-        """The state after the last step, from the state before the first."""
-        return self._run(self._checked(state), args, kwargs)[0]
+        """The state after the last step, from the state before the first.
+
+        In exact arithmetic the streams are followed by what :meth:`inverse_state` needs to find every bit again.
+        """
+        state = self._checked(state)
+        scheme = self.scheme_for(state[0])
+        if not isinstance(scheme, ExactScheme):
+            return self._run(scheme, state, args, kwargs)[0]
+        fs = self.functions if torch.is_grad_enabled() else [_in_grad_mode(f) for f in self.functions]
+        last, _ = self.engine.run(scheme, fs, scheme.quantized(state), args, kwargs)
+        return (*scheme.shown(last, len(self.functions)), *scheme.remainder(state))
 
     def inverse_state(self, state: State, *args: Any, **kwargs: Any) -> State:
         """The state before the first step, from the state after the last.
 
         Statistics of normalisation layers do not move. Dropout draws new masks, so call ``eval()`` first.
+
+        In exact arithmetic every bit is that of the state given to :meth:`forward_state`.
+
+        Raises:
+            StateError: in exact arithmetic, the state is not one that :meth:`forward_state` returned.
         """
-        state = self._checked(state)
+        scheme = self.scheme_for(state[0])
+        if isinstance(scheme, ExactScheme):
+            last, remainder = scheme.taken(state, len(self.functions))
+            return scheme.first(self._back(scheme, _in_grad_mode, last, args, kwargs), remainder)
+        return self._back(scheme, _as_it_is, self._checked(state), args, kwargs)
+
+    def _back(
+        self,
+        scheme: Scheme,
+        mode: Callable[[nn.Module], Callable[..., Tensor]],
+        state: State,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> State:
         for step, f in reversed(list(enumerate(self.functions))):
-            argument, rest = self.scheme.uncover(state, step)
+            argument, rest = scheme.uncover(state, step)
             with AsRecorded([Watch(f)], f"step {step}"):
-                value = first_tensor(f(argument, *args, **kwargs))
-            state = self.scheme.inverse(argument, rest, value, step)
+                value = mode(f)(argument, *args, **kwargs)
+            state = scheme.inverse(argument, rest, value, step)
         return state
 
     def states(self, x: Tensor, *args: Any, **kwargs: Any) -> list[State]:
         """The state before the first step and after every step, stored: for pictures and for measuring drift."""
-        states = [self.scheme.open(x)]
+        scheme = self.scheme_for(x)
+        states = [scheme.open(x)]
         for step, f in enumerate(self.functions):
-            states.append(plain_step(self.scheme, f, states[-1], step, args, kwargs, f"step {step}")[0])
-        return states
+            states.append(plain_step(scheme, f, states[-1], step, args, kwargs, f"step {step}")[0])
+        return [scheme.shown(s, i) for i, s in enumerate(states)] if isinstance(scheme, ExactScheme) else states
 
     def extra_repr(self) -> str:
         """The scheme, the engine, and what a training step keeps."""
         length = len(self.functions)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        kept = self.engine.kept_states(self.scheme, length, dtype)
-        return f"{self.scheme}, {self.engine},\n{length} steps; kept for the backward pass in {dtype}: {kept}"
+        scheme = run_in(self.scheme, self.exact, dtype, dtype)
+        kept = self.engine.kept_states(scheme, length, dtype)
+        return f"{scheme}, {self.engine},\n{length} steps; kept for the backward pass in {dtype}: {kept}"
 
-    def _run(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[State, Any]:
-        if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
-            return _run_outside_dynamo(self, state, args, kwargs)
-        return self.engine.run(self.scheme, self.functions, state, args, kwargs)
+    def scheme_for(self, x: Tensor) -> Scheme:
+        """The scheme in the arithmetic that it runs in."""
+        return run_with(self.scheme, self.exact, x)
+
+    def _run(self, scheme: Scheme, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[State, Any]:
+        if torch.compiler.is_dynamo_compiling() and (self.exact or torch.is_grad_enabled()):
+            return _run_outside_dynamo(self, scheme, state, args, kwargs)
+        return self.engine.run(scheme, self.functions, state, args, kwargs)
 
     def _checked(self, state: State) -> State:
+        state = state[: self.scheme.num_streams] if self.exact else state
         shapes = [tuple(stream.shape) for stream in state]
         if len(state) != self.scheme.num_streams or len(set(shapes)) != 1:
             raise StateError(
@@ -138,6 +179,20 @@ class ReversibleSequence(nn.Module):
                 "scheme.open(x) makes a state of an input."
             )
         return tuple(state)
+
+
+def _as_it_is(f: nn.Module) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: first_tensor(f(*args, **kwargs))
+
+
+def _in_grad_mode(f: nn.Module) -> Callable[..., Tensor]:
+    """The function's value under grad mode, whatever the mode is: without it some layers take another, faster path."""
+
+    def value(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.enable_grad():
+            return first_tensor(f(*args, **kwargs)).detach()
+
+    return value
 
 
 _run_outside_dynamo = _torch.outside_dynamo(ReversibleSequence._run)

@@ -12,6 +12,7 @@ from reversa.check.step import Case, Outcome, worst
 from reversa.check.trace import NOTHING, Finding, Trace, chains
 from reversa.engine import Store, _torch
 from reversa.errors import ConversionError, ReversaError
+from reversa.exact import run_in
 
 # A parameter whose gradient is shorter than this, in units of the typical one, is compared with the typical one.
 FLOOR = 1e-2
@@ -95,7 +96,10 @@ def examine(case: Case) -> CheckReport:
         ConversionError: there is no reversible chain in the model.
     """
     model, found = type(case.model).__name__, Findings()
-    rules = dict.fromkeys(f"{holder.scheme} and {holder.engine}" for _, holder, _ in chains(case.model))
+    rules = dict.fromkeys(
+        f"{run_in(holder.scheme, holder.exact, case.dtype, case.dtype)} and {holder.engine}"
+        for _, holder, _ in chains(case.model)
+    )
     if not rules:
         raise ConversionError(
             f"check needs a model with reversible chains, and {model} has none. Call reversa.convert(model) first, or "

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from reversa.check.trace import Trace, dense, norm, relative, watch
 from reversa.engine import Engine, Store
-from reversa.engine.conditions import RandomState
+from reversa.engine.conditions import random_state, restore_random_state, same_random_state
 from reversa.errors import DriftWarning, SettingError
 
 Loss = Callable[[Any], Tensor]
@@ -58,21 +58,21 @@ class Generators:
     """All that random numbers are drawn from: PyTorch's generators, Python's, and numpy's where it is loaded."""
 
     def __init__(self, devices: set[torch.device]) -> None:
-        self.states = {device: RandomState.now(device) for device in devices | {torch.device("cpu")}}
+        self.states = {device: random_state(device) for device in devices | {torch.device("cpu")}}
         self.python = random.getstate()
         numpy = sys.modules.get("numpy")
         self.numpy = numpy.random.get_state() if numpy else None
 
     def restore(self) -> None:
         for device, state in self.states.items():
-            state.restore(device)
+            restore_random_state(state, device)
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
 
     def same(self, other: Generators) -> bool:
         numpy = self.numpy is None or other.numpy is None or pickle.dumps(self.numpy) == pickle.dumps(other.numpy)
-        states = all(state.same(other.states[device]) for device, state in self.states.items())
+        states = all(same_random_state(state, other.states[device]) for device, state in self.states.items())
         return states and self.python == other.python and numpy
 
 

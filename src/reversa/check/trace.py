@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reversa.engine import Engine, _torch
+from reversa.exact import Arithmetic
 from reversa.schemes import Scheme, State
 from reversa.sequence import ReversibleSequence
 
@@ -22,6 +23,9 @@ class Stage(Protocol):
     name: str
     scheme: Scheme
     engine: Engine
+    exact: bool | Arithmetic
+
+    def scheme_for(self, x: Tensor) -> Scheme: ...
 
 
 Holder = ReversibleSequence | Stage
@@ -36,6 +40,8 @@ def dense(t: Tensor) -> Tensor:
     """The tensor's values, wide enough for norms of differences."""
     t = t.detach()
     t = t.to_dense() if t.layout == torch.sparse_coo else t
+    if not (t.is_floating_point() or t.is_complex()):
+        return t.double()
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
@@ -52,8 +58,11 @@ def relative(difference: float, scale: float) -> float:
 
 
 def distance(have: State, want: State) -> float:
-    """Relative error of several tensors taken together."""
-    return relative(norm(*(dense(a) - dense(b) for a, b in zip(have, want, strict=True))), norm(*want))
+    """Relative error of several tensors taken together; of integers, zero only where all bits are the same."""
+    error = relative(norm(*(dense(a) - dense(b) for a, b in zip(have, want, strict=True))), norm(*want))
+    if error == 0 and not want[0].is_floating_point() and not all(map(torch.equal, have, want)):
+        return torch.finfo(torch.float64).eps
+    return error
 
 
 class Trace:
@@ -75,8 +84,9 @@ class Trace:
         self.drift = self.undo = self.repeat = NOTHING
         self._seen: dict[int, list[tuple[State, Tensor]]] = {}
 
-    def spied(self, scheme: Scheme) -> Scheme:
-        """The same scheme, looked at: attributes of the instance are found before its class's methods."""
+    def looked_at(self, scheme_for: Callable[[Tensor], Scheme], x: Tensor) -> Scheme:
+        """The scheme that a chain runs in, looked at: an instance's attributes are found before its class's methods."""
+        scheme = scheme_for(x)
         spied = copy.copy(scheme)
         vars(spied).update(forward=partial(self._forward, scheme), inverse=partial(self._inverse, scheme))
         return spied
@@ -98,7 +108,7 @@ class Trace:
             self._seen.setdefault(step, []).append((tuple(s.detach().clone() for s in state), value.detach().clone()))
             argument, rest = scheme.uncover(tuple(s.detach() for s in after), step)
             back = scheme.inverse(argument, rest, value.detach(), step)
-            self.undo = max(self.undo, (distance(back, state), step))
+            self.undo = max(self.undo, (distance(scheme.told(back), scheme.told(state)), step))
         return after
 
     def _inverse(self, scheme: Scheme, argument: Tensor, rest: State, value: Tensor, step: int) -> State:
@@ -106,7 +116,7 @@ class Trace:
         with torch.no_grad():
             seen = self._look(scheme, argument, value, step)
             if seen is not None:
-                self.drift = max(self.drift, (distance(before, seen), step))
+                self.drift = max(self.drift, (distance(scheme.told(before), scheme.told(seen)), step))
         return before
 
     def _look(self, scheme: Scheme, argument: Tensor, value: Tensor, step: int) -> State | None:
@@ -159,6 +169,6 @@ def watch(model: nn.Module, engine: Engine | None) -> list[Trace]:
             holder.engine = engine
             continue
         trace = Trace(name, places)
-        holder.scheme = trace.spied(holder.scheme)
+        vars(holder)["scheme_for"] = partial(trace.looked_at, holder.scheme_for)
         traces.append(trace)
     return traces

@@ -11,6 +11,7 @@ from torch import nn
 
 from reversa.check import check
 from reversa.convert import convert
+from reversa.engine import Invert
 from reversa.errors import SettingError, import_extra, nearest
 from reversa.schemes import SCHEMES
 from reversa.train.config import make_scheme
@@ -27,7 +28,8 @@ def run(arguments: Sequence[str]) -> int:
     scheme = make_scheme(settings.scheme, settings.gamma)
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.seed)
-        model = convert(_model(settings.model), scheme=scheme)
+        exact = settings.exact
+        model = convert(_model(settings.model), scheme=scheme, exact=exact, engine=Invert(verify=exact))
         report = check(model, torch.randn(settings.batch, 3, settings.image, settings.image))
     print(json.dumps(report.to_dict(), indent=2) if settings.json else report)
     return RIGHT if report.ok else WRONG
@@ -44,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", type=int, default=64, help="height and width in pixels (default: 64)")
     parser.add_argument("--scheme", default="momentum", help=f"one of {', '.join(SCHEMES)} (default: momentum)")
     parser.add_argument("--gamma", type=float, help="weight of the old velocity (default: the scheme's own)")
+    parser.add_argument("--exact", action="store_true", help="exact arithmetic, proved bit for bit on the way back")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the images (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the report for a program")
     return parser

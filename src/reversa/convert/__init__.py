@@ -22,6 +22,7 @@ from reversa.convert.switch import (
 )
 from reversa.engine import Engine, Invert
 from reversa.errors import ConversionError, SettingError, nearest
+from reversa.exact import Arithmetic, check_exact
 from reversa.schemes import Momentum, Scheme
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,7 +34,7 @@ def convert(
     model: Model,
     scheme: Scheme | None = None,
     stages: Literal["auto"] | Sequence[str] = "auto",
-    exact: bool = False,
+    exact: bool | Arithmetic = False,
     engine: Engine | None = None,
     example: Any = None,
     between: Between = "error",
@@ -48,7 +49,8 @@ def convert(
         model: a network with residual blocks.
         scheme: the update rule; ``Momentum(0.9)`` if not given.
         stages: ``"auto"``, or names of stages as :func:`explain` shows them.
-        exact: bit-for-bit reversal (not in this version).
+        exact: the backward pass computes back the very bits of the forward pass, whatever gamma is: True, or an
+            arithmetic, :class:`reversa.exact.FixedPoint` or :class:`reversa.exact.Ratio`.
         engine: how the backward pass gets the states; :class:`reversa.Invert` if not given.
         example: an input to find the stages with: a tensor, a tuple of arguments or a dictionary of keyword
             arguments. Not needed for torchvision's, timm's, Hugging Face's and ``torch.nn``'s models.
@@ -76,7 +78,7 @@ def convert(
     for name in (name for found in chosen for name in found.blocks):
         refuse_unswitchable(modules[name], name)
     for found in chosen:
-        stage = Stage(found.name, scheme, engine, len(found.blocks), between, found.shape, found.after)
+        stage = Stage(found.name, scheme, engine, len(found.blocks), exact, between, found.shape, found.after)
         guessed = found.shape is None and stages == "auto"
         for index, name in enumerate(found.blocks):
             switch_block(modules[name], Place(stage, index, name, found.key, guessed))
@@ -144,10 +146,10 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
         left += [(f"{prefix}{block}", reason) for block, reason in module.__dict__.get(_LEFT, ())]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     reports = (
-        _report(s.name, names, model, s.shape, s.after, s.engine.kept_states(s.scheme, s.length, dtype))
+        _report(s.name, names, model, s.shape, s.after, s.engine.kept_states(s.runs(dtype), s.length, dtype))
         for s, names in blocks.items()
     )
-    rules = dict.fromkeys(f"{stage.scheme}, {stage.engine}" for stage in blocks)
+    rules = dict.fromkeys(f"{stage.runs(dtype)}, {stage.engine}" for stage in blocks)
     return Explanation(True, "; ".join(rules), tuple(reports), tuple(left))
 
 
@@ -159,7 +161,7 @@ def _report(
     if after:
         note = (
             f"the block ends with {', '.join(after)} after its residual addition; the carried tensor does not pass "
-            "through it any more, so pretrained weights need fine-tuning"
+            "through it any more: pretrained weights need fine-tuning, the less the smaller gamma is"
         )
     return StageReport(name, tuple(blocks), kind, shape, kept, note)
 
@@ -168,7 +170,7 @@ def _is_converted(model: nn.Module) -> bool:
     return any(is_switched(module) for module in model.modules())
 
 
-def _check_settings(model: nn.Module, scheme: Scheme, engine: Engine, exact: bool, between: str) -> None:
+def _check_settings(model: nn.Module, scheme: Scheme, engine: Engine, exact: bool | Arithmetic, between: str) -> None:
     if not isinstance(model, nn.Module):
         raise SettingError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(scheme, Scheme) or not isinstance(engine, Engine):
@@ -180,8 +182,7 @@ def _check_settings(model: nn.Module, scheme: Scheme, engine: Engine, exact: boo
             f"{scheme} cannot take over another model's blocks: conversion needs one function per block, a state that "
             "begins with the whole input, and no parameters of its own. Use Momentum(gamma)."
         )
-    if exact:
-        raise SettingError("exact=True is not in this version; Invert(anchors='auto') keeps the drift below 1e-4")
+    check_exact(scheme, exact)
     engine.begin(scheme, 1)  # refuses what cannot be made step by step
     if between not in ("error", "carry"):
         raise SettingError(f"between must be 'error' or 'carry', got {between!r}")

@@ -15,10 +15,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from reversa.engine import Engine, Steps
 from reversa.errors import StateChanged
+from reversa.exact import Arithmetic, run_in, run_with
 from reversa.schemes import Scheme, State
 
 Between = Literal["error", "carry"]
@@ -32,10 +34,23 @@ class Stage:
     scheme: Scheme
     engine: Engine
     length: int
+    exact: bool | Arithmetic = False
     between: Between = "error"
     shape: tuple[int, ...] | None = None
     after: tuple[str, ...] = ()
     _loose: dict[int, list[Link]] = field(default_factory=dict, repr=False)
+
+    def runs(self, dtype: torch.dtype) -> Scheme:
+        """The scheme in the arithmetic that it runs in with states of that type."""
+        return run_in(self.scheme, self.exact, dtype, dtype)
+
+    def scheme_for(self, x: Tensor) -> Scheme:
+        """The scheme in the arithmetic that it runs in with this input, now."""
+        return run_with(self.scheme, self.exact, x)
+
+    def begin(self, scheme: Scheme) -> Steps:
+        """A new chain."""
+        return self.engine.begin(scheme, self.length)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loose": {}}  # links belong to running calls, not to copies
@@ -61,7 +76,7 @@ class Place:
 class Link:
     """One pass over a stage, between two of its blocks."""
 
-    __slots__ = ("__weakref__", "alias", "hidden", "index", "ref", "steps", "version")
+    __slots__ = ("__weakref__", "alias", "head", "hidden", "index", "ref", "steps", "version")
 
     def __init__(self, index: int, state: State, steps: Steps) -> None:
         x = state[0]
@@ -69,6 +84,7 @@ class Link:
         self.ref = weakref.ref(x)
         self.alias = x.detach()
         self.version = None if x.is_inference() else x._version
+        self.head: Tensor | None = None  # what the pass goes on with, where it is not the tensor that the loop hands on
         self.hidden = state[1:]  # with their graph
         self.steps = steps
 
@@ -118,7 +134,9 @@ def continued(place: Place, x: Tensor) -> Iterator[Link | None]:
     if link is None and links and links[-1].index < place.index and stage.between == "carry":
         link = links[-1]
         link.steps.end()
-        link.steps = stage.engine.begin(stage.scheme, stage.length)
+        link.head, *hidden = link.steps.scheme.resumed(x, (x, *link.hidden), link.steps.taken)
+        link.hidden = tuple(hidden)
+        link.steps = stage.begin(link.steps.scheme)
     if link is None and place.index > 0 and (inside is None or stage in inside):
         _refuse(place, links)  # in a container's call where no block ran, those before it were skipped (LayerDrop)
     if link is not None:

@@ -235,13 +235,15 @@ def _step(block: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kw
     x, others, named, key = _take_carried(block, args, kwargs)
     call = original.forward if place.compiled is None else _compiled(original, tuple(sorted(place.compiled.items())))
     with continued(place, x) as link:
-        state: State = stage.scheme.open(x) if link is None else (x, *link.hidden)
-        steps = stage.engine.begin(stage.scheme, stage.length) if link is None else link.steps
+        scheme = stage.scheme_for(x) if link is None else link.steps.scheme
+        state: State = scheme.open(x) if link is None else (x if link.head is None else link.head, *link.hidden)
+        given = state[0]  # what the block sees: in exact arithmetic x in integers
+        steps = stage.begin(scheme) if link is None else link.steps
         state, output = steps.step(_Residual(block, call, key), state, others, named, module=block)
     if place.guessed:
-        _verify_guess(block, args, kwargs, output, x)
+        _verify_guess(block, args, kwargs, output, given)
     leave_link(place, state, steps)
-    return with_value(output, stage.scheme.close(state))
+    return with_value(output, scheme.close(state))
 
 
 _step_outside_dynamo = _torch.outside_dynamo(_step)

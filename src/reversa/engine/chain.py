@@ -18,10 +18,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from reversa.engine import _torch
-from reversa.engine.conditions import RandomState
-from reversa.engine.finite import refuse_not_finite, total
-from reversa.engine.replay import Evaluation, Extras, Saved, refuse_other_tensors
+from reversa.engine.conditions import RandomState, deterministic, random_state, same_random_state
+from reversa.engine.finite import all_finite, is_finite, refuse_not_finite, total
+from reversa.engine.kept import Cursor, KeptState
+from reversa.engine.replay import Evaluation, Extras, Saved, refuse_other_tensors, replaying
 from reversa.engine.steps import carried_value, first_tensor, refuse_in_place
+from reversa.engine.verify import Hashes
 from reversa.errors import ReplayError, ReversaError
 from reversa.schemes import Scheme, State
 
@@ -38,17 +40,6 @@ class _Unit(NamedTuple):
     saved: Saved
 
 
-class _Cursor:
-    """How far a backward pass has come: the state before ``step``. It moves in place, so that old streams are freed."""
-
-    __slots__ = ("state", "step", "task")
-
-    def __init__(self, task: int, step: int, state: State) -> None:
-        self.task = task
-        self.step = step
-        self.state = state
-
-
 def _no_backward(_: Any) -> Tensor:
     raise ReplayError(
         "a residual function computes gradients inside its own forward (torch.autograd.grad or backward). Its saved "
@@ -61,22 +52,30 @@ class Chain:
 
     Args:
         scheme: the update rule.
+        state: the state before the first step.
         first: number of the first step within the whole run (a run with anchors is several chains).
         group: how many steps are replayed in one go: more of them are alive at once, with less overhead for each.
+            It is meant for small states: to say which step was the first that was not finite, the state before the
+            first is kept then, elsewhere one number for each step.
+        hashes: to prove that what is recovered is what was; None goes without.
     """
 
-    def __init__(self, scheme: Scheme, first: int = 0, group: int = 1) -> None:
+    def __init__(
+        self, scheme: Scheme, state: State, first: int = 0, group: int = 1, hashes: Hashes | None = None
+    ) -> None:
         self.scheme: Final = scheme
         self.first: Final = first
         self.group: Final = group
+        self._hashes: Final = hashes
         self._steps: list[Evaluation] = []
         self._saved: Saved = []  # of all steps, one behind the other ...
         self._starts: list[int] = [0]  # ... and where each step's part begins
         self._random: list[RandomState] = []  # before each of the latest steps, until _settle_random()
         self._sums: list[Tensor] = []  # of each step's value: not finite where the value is not
-        self._latest: list[tuple[Tensor, int]] | None = None  # the last state, with versions; until end()
+        self._entry = KeptState.of(state) if group > 1 else None  # in their place
+        self._latest: KeptState | None = None  # the last state, with versions; until end()
         self._held: list[_torch.SavedTensor] | None = None  # the last state in autograd's keeping; from end()
-        self._cursor: _Cursor | None = None
+        self._cursor: Cursor | None = None
         self._task = -1  # the backward pass that captured tensors belong to:
         self._captured = _Unit([], [])  # entries _from.._to of all saved tensors
         self._from = self._to = 0
@@ -86,37 +85,39 @@ class Chain:
 
     # ------------------------------------------------------------------ forward
 
-    def step(
-        self, f: Callable[..., Any], state: State, extras: Extras, module: Any, where: object
-    ) -> tuple[State, Any]:
-        """Make one step and record it. If ``f`` raises, the chain stays as it was."""
+    def step(self, f: Callable[..., Any], state: State, extras: Extras, module: Any) -> tuple[State, Any]:
+        """Make one step and record it. If ``f`` or the scheme raises, the chain stays as it was."""
         number = self.first + len(self._steps)
         argument = self.scheme.argument(state, number)
-        evaluation = Evaluation(f, argument, extras, module, where)
-        random = None if isinstance(argument, FakeTensor) else RandomState.now(argument.device)
+        evaluation = Evaluation(f, argument, extras, module, number)
+        random = None if isinstance(argument, FakeTensor) else random_state(argument.device)
         version = argument._version
-        _torch.push_hooks(self._pack, self._unpack)
         try:
-            output = f(argument, *extras.args, **extras.kwargs)
-            value = carried_value(output, argument, where)
-            refuse_in_place(argument, version, where)
-            evaluation.watch.settle(where)
+            _torch.push_hooks(self._pack, self._unpack)
+            try:
+                output = f(argument, *extras.args, **extras.kwargs)
+                value = carried_value(output, argument, evaluation)
+                refuse_in_place(argument, version, evaluation)
+                evaluation.watch.settle(evaluation)
+            finally:
+                _torch.pop_hooks()
+            after = self.scheme.forward(state, value, number)  # which refuses what integers do not hold
         except BaseException:
             del self._saved[self._starts[-1] :]
             raise
-        finally:
-            _torch.pop_hooks()
-        state = self.scheme.forward(state, value, number)
+        if self._hashes is not None:
+            self._hashes.note(state)
         self._steps.append(evaluation)
         self._starts.append(len(self._saved))
         if random is not None:
             self._random.append(random)
-        self._sums.append(total(value))
-        return state, output
+        if self._entry is None:
+            self._sums.append(total(value))
+        return after, output
 
     def reach(self, state: State) -> None:
         """The state after the latest step: where a backward pass from here on starts."""
-        self._latest = [(stream.detach(), stream._version) for stream in state]
+        self._latest = KeptState.of(state)
 
     def end(self) -> None:
         """No step follows: give the latest state to autograd, where hooks of an outer chain or checkpoint see it.
@@ -124,8 +125,8 @@ class Chain:
         A state that was changed in place since its step stays here, and with it the version that tells.
         """
         self._settle_random()
-        if self._latest is not None and all(stream._version == version for stream, version in self._latest):
-            self._held = [_torch.hold(stream) for stream, _ in self._latest]
+        if self._latest is not None and self._latest.unchanged:
+            self._held = [_torch.hold(stream) for stream in self._latest.streams]
             self._latest = None
 
     def _pack(self, tensor: Tensor) -> int:
@@ -137,11 +138,11 @@ class Chain:
         states, self._random = self._random, []
         if not states:
             return
-        states.append(RandomState.now(self._steps[-1].device))
-        if states[0].same(states[-1]):
+        states.append(random_state(self._steps[-1].device))
+        if same_random_state(states[0], states[-1]):
             return
         for evaluation, before, after in zip(self._steps[1 - len(states) :], states, states[1:], strict=False):
-            if not before.same(after):
+            if not same_random_state(before, after):
                 evaluation.random = before
 
     # ------------------------------------------------------------------ backward
@@ -158,7 +159,7 @@ class Chain:
         tensors[at] = None
         if tensor._version != saved[at][2]:
             raise ReplayError(
-                f"{self._steps[self._step_of(index)].where}: a tensor that its gradient needs is changed in place "
+                f"{self._steps[self._step_of(index)]}: a tensor that its gradient needs is changed in place "
                 "later in the function. Replace the in-place operation by an ordinary one."
             )
         return tensor
@@ -176,7 +177,8 @@ class Chain:
         grad_enabled = torch.is_grad_enabled()
         _torch.set_grad_enabled(False)
         try:
-            units, cursor = self._walk_to(last)
+            with replaying(), deterministic(self.scheme, self._steps[-1].device):
+                units, cursor = self._walk_to(last)
             if cursor.step == 0:
                 self._refuse_not_finite(cursor.state, recovered=True)
         finally:
@@ -191,7 +193,7 @@ class Chain:
         # With the end state kept, nothing needs the first state; without it, a second request might.
         self._cursor = None if cursor.step == 0 and self._held is not None else cursor
 
-    def _walk_to(self, last: int) -> tuple[list[_Unit], _Cursor]:
+    def _walk_to(self, last: int) -> tuple[list[_Unit], Cursor]:
         """Walk to step ``last`` and replay the unit of steps that ends with it, last step first."""
         cursor = self._nearest(last)
         while cursor.step > last + 1:  # steps that this backward pass did not visit
@@ -206,23 +208,23 @@ class Chain:
             units.append(self._back(cursor))
         return units, cursor
 
-    def _nearest(self, last: int) -> _Cursor:
+    def _nearest(self, last: int) -> Cursor:
         """A known state to walk from: the cursor of this backward pass, or the state after the last step."""
         task = _torch.graph_task()
         cursor, self._cursor = self._cursor, None
         if cursor is not None and cursor.task == task and (cursor.step > last or not self._has_end()):
             return cursor
-        return _Cursor(task, len(self._steps), self._end_state(task))
+        return Cursor(task, len(self._steps), self._end_state(task))
 
     def _has_end(self) -> bool:
         return self._held is not None or self._latest is not None
 
     def _end_state(self, task: int) -> State:
-        where = self._steps[-1].where
+        where = self._steps[-1]
         if self._latest is not None:
-            if any(stream._version != version for stream, version in self._latest):
+            if not self._latest.unchanged:
                 raise ReplayError(_CHANGED_OUTPUT.format(where=where))
-            return tuple(stream for stream, _ in self._latest)
+            return self._latest.streams
         if self._held is None:
             raise ReplayError(
                 f"backward through a reversible chain (up to {where}) a second time: the state that it starts from was "
@@ -239,20 +241,23 @@ class Chain:
             self._held = None  # nobody can ask again: the nodes that would are freed as they run
         return state
 
-    def _back(self, cursor: _Cursor) -> _Unit:
+    def _back(self, cursor: Cursor) -> _Unit:
         """Move the cursor over one step backwards; what the step saved."""
         step, number = cursor.step - 1, self.first + cursor.step - 1
         argument, rest = self.scheme.uncover(cursor.state, number)
         cursor.state = ()
         saved, value = self._evaluate(step, argument)
         cursor.step, cursor.state = step, self.scheme.inverse(argument, rest, value, number)
+        if self._hashes is not None:
+            self._hashes.compare(cursor.state, step, self._steps[step])
         return saved
 
-    def _forth(self, cursor: _Cursor) -> None:
-        """Move the cursor over one step forwards."""
+    def _forth(self, cursor: Cursor) -> Tensor:
+        """Move the cursor over one step forwards; the step's value."""
         number = self.first + cursor.step
         _, value = self._evaluate(cursor.step, self.scheme.argument(cursor.state, number))
         cursor.step, cursor.state = cursor.step + 1, self.scheme.forward(cursor.state, value, number)
+        return value
 
     def _evaluate(self, step: int, argument: Tensor) -> tuple[_Unit, Tensor]:
         """Evaluate ``f`` of a step once more: the tensors that it saves, and its value."""
@@ -276,4 +281,17 @@ class Chain:
         return _Unit(captured, saved), value if value.dtype == argument.dtype else value.to(argument.dtype)
 
     def _refuse_not_finite(self, state: State, recovered: bool) -> None:
-        refuse_not_finite(state, [evaluation.where for evaluation in self._steps], self._sums, recovered)
+        if not all_finite(state):
+            refuse_not_finite(self._steps, None if recovered else self._first_not_finite(), recovered)
+
+    def _first_not_finite(self) -> int | None:
+        """The step whose value was the first that was not finite; None where the reason is another one."""
+        if self._entry is None:
+            return next((step for step, sum_ in enumerate(self._sums) if not is_finite(sum_)), None)
+        if not (self._entry.unchanged and all_finite(self._entry.streams)):
+            return None
+        cursor = Cursor(-1, 0, self._entry.streams)
+        while cursor.step < len(self._steps):
+            if not is_finite(total(self._forth(cursor))):
+                return cursor.step - 1
+        return None

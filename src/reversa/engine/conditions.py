@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reversa.engine import _torch
+from reversa.schemes import Scheme
+
+RandomState = tuple[Tensor, ...]
+"""The state of the CPU's generator, and of the generator of the accelerator that a tensor is on."""
 
 
-class RandomState(NamedTuple):
-    """The state of the CPU generator and of the accelerator that the carried tensor is on."""
+def random_state(device: torch.device) -> RandomState:
+    """The generators' state now."""
+    cpu = torch.default_generator.get_state()
+    if device.type in ("cpu", "meta"):
+        return (cpu,)
+    return cpu, torch.get_device_module(device).get_rng_state(device)
 
-    cpu: Tensor
-    device: Tensor | None
 
-    @staticmethod
-    def now(device: torch.device) -> RandomState:
-        cpu = torch.default_generator.get_state()
-        if device.type in ("cpu", "meta"):
-            return RandomState(cpu, None)
-        return RandomState(cpu, torch.get_device_module(device).get_rng_state(device))
+def same_random_state(one: RandomState, two: RandomState) -> bool:
+    """Whether nothing was drawn in between."""
+    return all(map(torch.equal, one, two))
 
-    def same(self, other: RandomState) -> bool:
-        if not torch.equal(self.cpu, other.cpu):
-            return False
-        return self.device is None or other.device is None or torch.equal(self.device, other.device)
 
-    def restore(self, device: torch.device) -> None:
-        torch.default_generator.set_state(self.cpu)
-        if self.device is not None:
-            torch.get_device_module(device).set_rng_state(self.device, device)
+def restore_random_state(state: RandomState, device: torch.device) -> None:
+    """Put the generators back."""
+    torch.default_generator.set_state(state[0])
+    for accelerator in state[1:]:
+        torch.get_device_module(device).set_rng_state(accelerator, device)
+
+
+def deterministic(scheme: Scheme, device: torch.device) -> AbstractContextManager[None]:
+    """Where bits count, cuDNN takes the same algorithm in both evaluations; it has no choice on other devices."""
+    if not scheme.exact or device.type != "cuda":
+        return nullcontext()
+    return torch.backends.cudnn.flags(
+        enabled=torch.backends.cudnn.enabled,
+        benchmark=False,
+        deterministic=True,
+        allow_tf32=torch.backends.cudnn.allow_tf32,
+    )
 
 
 Autocast = list[dict[str, Any]]
@@ -55,13 +67,10 @@ def autocast_now(device: torch.device) -> Autocast | None:
     ]
 
 
-def autocast_as(recorded: Autocast | None, device: torch.device) -> ExitStack | None:
-    """A context in which autocast does what was recorded; None where it does so already."""
+def autocast_as(recorded: Autocast | None, device: torch.device) -> ExitStack:
+    """A context in which autocast does what was recorded."""
     if recorded is None:
-        now = autocast_now(device)
-        if now is None:
-            return None
-        recorded = [dict(settings, enabled=False) for settings in now]
+        recorded = [dict(settings, enabled=False) for settings in autocast_now(device) or []]
     stack = ExitStack()
     for settings in recorded:
         stack.enter_context(torch.autocast(**settings))

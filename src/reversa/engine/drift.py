@@ -67,7 +67,8 @@ def accept(scheme: Scheme, steps: int, dtype: torch.dtype, under: torch.dtype, i
     remedies = (
         f"{steps} steps of {scheme} in {dtype} without anchors: the backward pass recovers states with a relative "
         f"error of about {drift:.0e}, and gradients with it. Use Invert(anchors='auto'), which keeps a state every "
-        f"{anchor_interval(scheme, dtype, under)} steps; or gamma nearer to 1; or float64."
+        f"{anchor_interval(scheme, dtype, under)} steps; or exact=True, which does not drift; or gamma nearer to 1; or "
+        "float64."
     )
     if drift > REFUSE_ABOVE and not insist:
         raise DriftError(f"{remedies} To go on all the same: Invert(anchors=None, accept_drift=True).")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -25,20 +26,24 @@ def is_finite(total: Tensor) -> bool:
     return cmath.isfinite(total.item())
 
 
-def refuse_not_finite(state: State, places: Sequence[object], sums: Sequence[Tensor], recovered: bool) -> None:
-    """Look at the state after the last step of a chain, or at the one that was recovered before the first.
+def all_finite(state: State) -> bool:
+    """Whether no stream holds inf or nan, as far as there are numbers to look at. Integers are always finite."""
+    if isinstance(state[0], FakeTensor) or state[0].is_meta:
+        return True
+    return all(is_finite(total(s)) for s in state if s.is_floating_point() or s.is_complex())
+
+
+def refuse_not_finite(places: Sequence[object], culprit: int | None, recovered: bool) -> NoReturn:
+    """Say where a state became infinite: the one after the last step of a chain, or the one recovered before its first.
 
     Args:
-        state: the state.
         places: what to call each step.
-        sums: of each step's value, from the forward pass.
+        culprit: the step whose value was the first that was not finite, where there is one.
         recovered: whether the state is the recovered one.
 
     Raises:
-        StateError: it holds inf or nan; the message names the step where it began.
+        StateError: always.
     """
-    if isinstance(state[0], FakeTensor) or state[0].is_meta or all(map(is_finite, map(total, state))):
-        return
     first, last = places[0], places[-1]
     if recovered:
         raise StateError(
@@ -46,12 +51,11 @@ def refuse_not_finite(state: State, places: Sequence[object], sums: Sequence[Ten
             "all digits in float arithmetic. Keep states in between with Invert(anchors='auto'), choose gamma "
             "nearer to 1, or use float64."
         )
-    for place, sum_ in zip(places, sums, strict=True):
-        if not is_finite(sum_):
-            raise StateError(
-                f"{place} returned inf or nan in the forward pass, so no state can be recovered from "
-                "the end. Look at its input and weights, lower the learning rate, or use a wider data type."
-            )
+    if culprit is not None:
+        raise StateError(
+            f"{places[culprit]} returned inf or nan in the forward pass, so no state can be recovered from "
+            "the end. Look at its input and weights, lower the learning rate, or use a wider data type."
+        )
     raise StateError(
         f"the state after {last} is not finite: the input of {first} was not, or a sum overflowed. "
         "Look at the input, or use a wider data type."

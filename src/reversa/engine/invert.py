@@ -12,10 +12,12 @@ import torch
 
 from reversa.engine import _torch
 from reversa.engine.chain import Chain
+from reversa.engine.conditions import deterministic
 from reversa.engine.drift import accept, anchor_interval
 from reversa.engine.policies import Engine
 from reversa.engine.replay import Extras
-from reversa.engine.steps import Function, Place, Steps, is_recording, plain_step
+from reversa.engine.steps import Function, Steps, is_recording, plain_step
+from reversa.engine.verify import Hashes
 from reversa.errors import SettingError
 from reversa.schemes import Scheme, State
 
@@ -36,7 +38,9 @@ class Invert(Engine):
         anchors: ``"auto"`` keeps a state wherever the drift law asks for one; a number keeps one every so many
             steps; None keeps none, with a warning or an error where the drift is too large.
         accept_drift: with ``anchors=None``, do not raise.
-        group: number of steps replayed in one go; None chooses by the size of the state.
+        group: number of steps replayed in one go, with the state before the first step kept as well; None chooses
+            1, or 8 for a state so small that Python's overhead matters more.
+        verify: in exact arithmetic, keep a hash of the state before each step and compare it on the way back.
 
     Raises:
         SettingError: a setting outside its range.
@@ -50,6 +54,7 @@ class Invert(Engine):
     anchors: Literal["auto"] | int | None = "auto"
     accept_drift: bool = False
     group: int | None = None
+    verify: bool = False
 
     def __post_init__(self) -> None:
         if self.keep < 0:
@@ -90,9 +95,11 @@ class Invert(Engine):
         inverted = max(0, length - self.keep)
         interval = self.interval(scheme, length, dtype, dtype)
         states = min(1, inverted) if interval is None else -(-inverted // interval)
+        words = scheme.spilled_bytes(inverted)
+        spilled = f" and {words} byte{'s' * (words != 1)} of spilled bits for each of its elements" if words else ""
         every = "" if interval is None else f" (one every {interval} steps)"
         stored = f" and the activations of {min(self.keep, length)} steps" if self.keep else ""
-        return f"{states} state{'s' * (states != 1)}{every}{stored}"
+        return f"{states} state{'s' * (states != 1)}{every}{spilled}{stored}"
 
 
 class _InvertSteps(Steps):
@@ -118,8 +125,9 @@ class _InvertSteps(Steps):
             self._look_at(state)
         if self.chain is None or len(self.chain) == self.interval:
             self.end()
-            self.chain = Chain(self.scheme, self.taken, self._group(state, module))
-        state, output = self.chain.step(f, state, self._extras(args, kwargs), module, where)
+            self.chain = self._chain(state, self.taken, module)
+        with deterministic(self.scheme, state[0].device):
+            state, output = self.chain.step(f, state, self._extras(args, kwargs), module)
         self.chain.reach(state)
         return state, output
 
@@ -132,6 +140,10 @@ class _InvertSteps(Steps):
         if self.engine.anchors is None and self.inverted is not None:
             accept(self.scheme, self.inverted, dtype, under, self.engine.accept_drift)
         self.interval = self.engine.interval(self.scheme, self.length, dtype, under)
+
+    def _chain(self, state: State, first: int, module: Any) -> Chain:
+        hashes = Hashes(self.scheme) if self.engine.verify else None
+        return Chain(self.scheme, state, first, self._group(state, module), hashes)
 
     def _group(self, state: State, module: Any) -> int:
         if self.engine.group is not None:
@@ -156,10 +168,11 @@ class _InvertSteps(Steps):
             self._look_at(state)
             extras, every = Extras(args, kwargs), self.interval or inverted
             for first in range(0, inverted, every):
-                chain = Chain(self.scheme, first, self._group(state, fs[first]))
-                for f in fs[first : min(first + every, inverted)]:
-                    state, output = chain.step(f, state, extras, f, Place(f, self.taken))
-                    self.taken += 1
+                chain = self._chain(state, first, fs[first])
+                with deterministic(self.scheme, state[0].device):
+                    for f in fs[first : min(first + every, inverted)]:
+                        state, output = chain.step(f, state, extras, f)
+                        self.taken += 1
                 chain.reach(state)
                 chain.end()
         for f in fs[self.taken :]:

@@ -10,19 +10,33 @@ leave no trace: statistics move once, the generator ends where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from reversa.engine.conditions import RandomState, autocast_as, autocast_now
+from reversa.engine import _torch
+from reversa.engine.conditions import RandomState, autocast_as, autocast_now, random_state, restore_random_state
+from reversa.engine.steps import Place
 from reversa.engine.watch import Watch
 from reversa.errors import ReplayError
 
 _replaying: ContextVar[bool] = ContextVar("reversa_replaying", default=False)
+
+
+@contextmanager
+def replaying() -> Generator[None]:
+    """Inside, :func:`is_replaying`."""
+    token = _replaying.set(True)
+    try:
+        yield
+    finally:
+        _replaying.reset(token)
 
 
 def is_replaying() -> bool:
@@ -105,14 +119,15 @@ def _alias(leaf: Any, argument: Tensor | None) -> Any:
     return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
-class Evaluation:
+class Evaluation(Place):
     """One evaluation of one residual function, recorded so that it can be made again."""
 
-    __slots__ = ("autocast", "device", "extras", "f", "needs_grad", "random", "stand_ins", "stride", "watch", "where")
+    __slots__ = ("autocast", "device", "extras", "f", "needs_grad", "random", "stand_ins", "stride", "watch")
 
-    def __init__(self, f: Callable[..., Any], argument: Tensor, extras: Extras, module: Any, where: object) -> None:
+    def __init__(self, f: Callable[..., Any], argument: Tensor, extras: Extras, module: Any, number: int) -> None:
         self.f = f
-        self.where = where
+        self.module = module
+        self.number = number
         self.device = argument.device
         self.needs_grad = argument.requires_grad
         self.stride = argument.stride()
@@ -136,24 +151,20 @@ class Evaluation:
         Raises:
             ReplayError: a parameter, buffer or extra argument was changed in place since.
         """
-        args, kwargs = ((), {}) if self.extras is None else self.extras.given(argument, self.where)
+        args, kwargs = ((), {}) if self.extras is None else self.extras.given(argument, self)
         undo: list[Callable[[], Any]] = []
-        token = _replaying.set(True)
         try:
-            self.stand_ins = self.watch.install(undo, self.where)
+            self.stand_ins = self.watch.install(undo, self)
             if self.random is not None:
-                now = RandomState.now(self.device)
-                undo.append(lambda: now.restore(self.device))
-                self.random.restore(self.device)
-            context = autocast_as(self.autocast, self.device)
-            if context is None:
+                undo.append(partial(restore_random_state, random_state(self.device), self.device))
+                restore_random_state(self.random, self.device)
+            if self.autocast is None and not _torch.any_autocast():
                 return self.f(argument, *args, **kwargs)
-            with context:
+            with autocast_as(self.autocast, self.device):
                 return self.f(argument, *args, **kwargs)
         finally:
             for action in reversed(undo):
                 action()
-            _replaying.reset(token)
 
 
 Saved = list[tuple[torch.Size, torch.dtype, int]]
@@ -173,7 +184,7 @@ def refuse_other_tensors(
     """
     if [entry[:2] for entry in saved] != [entry[:2] for entry in expected]:
         raise ReplayError(
-            f"{evaluation.where} saved {len(expected)} tensors for its gradient in the forward pass, and "
+            f"{evaluation} saved {len(expected)} tensors for its gradient in the forward pass, and "
             f"{'others' if len(saved) == len(expected) else len(saved)} when it was evaluated again. It must compute "
             "the same thing twice: look for branches on state that it changes itself, a cache, or compiled code in "
             "one of the two evaluations only."
@@ -182,7 +193,7 @@ def refuse_other_tensors(
     for tensor, (_, _, version), (shape, _, before) in zip(captured, saved, expected, strict=True):
         if version != before and tensor is not None and tensor.untyped_storage()._cdata not in own:
             raise ReplayError(
-                f"{evaluation.where}: a tensor of shape {tuple(shape)} that its gradient needs was changed in place, "
+                f"{evaluation}: a tensor of shape {tuple(shape)} that its gradient needs was changed in place, "
                 "later in the function or between the forward and the backward pass. Replace the in-place operation "
                 "by an ordinary one, and call backward() before changing parameters."
             )

@@ -22,15 +22,15 @@ _NONE: Mapping[str, Any] = MappingProxyType({})
 class Place:
     """How errors call a step: its number and its residual function's class. Spelled out only when one is raised."""
 
-    __slots__ = ("module", "step")
+    __slots__ = ("module", "number")
 
-    def __init__(self, module: Any, step: int) -> None:
+    def __init__(self, module: Any, number: int) -> None:
         self.module = module
-        self.step = step
+        self.number = number
 
     def __str__(self) -> str:
         kind = self.module.__name__ if isinstance(self.module, FunctionType) else type(self.module).__name__
-        return f"step {self.step} ({kind})"
+        return f"step {self.number} ({kind})"
 
 
 def is_bundle(output: Any) -> TypeGuard[Sequence[Any]]:
@@ -40,7 +40,7 @@ def is_bundle(output: Any) -> TypeGuard[Sequence[Any]]:
 
 def first_tensor(output: Any) -> Any:
     """What a step goes on with: the output itself, or the first element of a tuple or list."""
-    return output[0] if is_bundle(output) else output
+    return output if isinstance(output, Tensor) or not is_bundle(output) else output[0]
 
 
 def carried_value(output: Any, argument: Tensor, where: object) -> Tensor:

@@ -35,6 +35,7 @@ def _versions(held: list[Tensor | None]) -> list[int | None]:
     return [None if t is None else t._version for t in held]
 
 
+_NONE: list[Owner] = []
 _NO_COPIES: dict[int, Tensor] = {}
 
 
@@ -53,7 +54,7 @@ class Watch:
         self.modules: list[nn.Module] = [module] if isinstance(module, nn.Module) else []
         self.training: list[bool] = []
         self.owners: list[Owner] = []
-        self.statistics: list[Owner] = []
+        self.statistics: list[Owner] = _NONE
         self.copies: dict[int, Tensor] = _NO_COPIES
         buffers = False
         for m in self.modules:
@@ -64,8 +65,10 @@ class Watch:
                 self.owners.append(m._parameters)
             if m._buffers:
                 buffers = True
-                moves = m.training and isinstance(m, _NormBase)
-                (self.statistics if moves else self.owners).append(m._buffers)
+                if m.training and isinstance(m, _NormBase):
+                    self.statistics = [*self.statistics, m._buffers]
+                else:
+                    self.owners.append(m._buffers)
         self.held = _held_by(self.owners)
         self.versions = _versions(self.held)
         if buffers:

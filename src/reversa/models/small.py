@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from reversa.engine import Engine
 from reversa.errors import SettingError
+from reversa.exact import Arithmetic
 from reversa.schemes import Momentum, Scheme
 from reversa.sequence import ReversibleSequence
 
@@ -37,6 +38,7 @@ class ReversibleResNet(nn.Module):
         channels: channels of the images.
         width: channels of the first stage; even, so that every scheme can split them.
         stages: number of stages; each halves the resolution of the one before.
+        exact: as in :class:`reversa.ReversibleSequence`.
 
     Raises:
         SettingError: fewer blocks than stages, or a setting that is not a positive number.
@@ -59,6 +61,7 @@ class ReversibleResNet(nn.Module):
         channels: int = 1,
         width: int = 16,
         stages: int = 3,
+        exact: bool | Arithmetic = False,
     ) -> None:
         super().__init__()
         _check(num_classes=num_classes, channels=channels, width=width, stages=stages, depth=depth)
@@ -74,7 +77,7 @@ class ReversibleResNet(nn.Module):
             nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
         self.chains = nn.ModuleList(
-            _chain(scheme, engine, width, depth // stages + (stage < depth % stages))
+            _chain(scheme, engine, exact, width, depth // stages + (stage < depth % stages))
             for stage, width in enumerate(widths)
         )
         self.transitions = nn.ModuleList(Transition(narrow, wide) for narrow, wide in pairwise(widths))
@@ -122,11 +125,13 @@ def residual_function(width: int) -> nn.Sequential:
     )
 
 
-def _chain(scheme: Scheme, engine: Engine | None, width: int, blocks: int) -> ReversibleSequence:
+def _chain(
+    scheme: Scheme, engine: Engine | None, exact: bool | Arithmetic, width: int, blocks: int
+) -> ReversibleSequence:
     own = width if scheme.carries_input else width // scheme.num_streams
     per_block = scheme.functions_per_block
     functions = [tuple(residual_function(own) for _ in range(per_block)) for _ in range(blocks)]
-    return ReversibleSequence([f if per_block > 1 else f[0] for f in functions], scheme=scheme, engine=engine)
+    return ReversibleSequence([f if per_block > 1 else f[0] for f in functions], scheme, exact, engine)
 
 
 def _check(**sizes: int) -> None:

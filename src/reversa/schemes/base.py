@@ -43,6 +43,9 @@ class Scheme(ABC):
     carries_input: ClassVar[bool] = False
     """The state begins with the whole input, and the output is the state's first stream (what conversion needs)."""
 
+    exact: ClassVar[bool] = False
+    """Computed in integers: every bit comes back (:mod:`reversa.exact`)."""
+
     @property
     def amplification(self) -> float:
         """By how much one inverse step multiplies a rounding error: ``1 / |b|`` in the two-register form."""
@@ -66,6 +69,18 @@ class Scheme(ABC):
             return eps * (math.sqrt(steps) if self.lossless else self.amplification**steps)
         except OverflowError:
             return math.inf
+
+    def spilled_bytes(self, steps: int) -> int:
+        """How many bytes for each element the state has grown by after so many steps: none, but in exact arithmetic."""
+        return 0
+
+    def told(self, state: State) -> State:
+        """The part of a state in which two states are compared."""
+        return state
+
+    def resumed(self, x: Tensor, state: State, step: int) -> State:
+        """The state in which somebody put another tensor in the place of the output before a step."""
+        return (x, *state[1:])
 
     def modules(self) -> tuple[nn.Module, ...]:
         """Learned modules that open the state (whoever holds the scheme registers them)."""

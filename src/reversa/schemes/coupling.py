@@ -53,7 +53,8 @@ class Coupling(Scheme):
         return (one + value, two) if self._moved(step) == 0 else (one, two + value)
 
     def uncover(self, state: State, step: int) -> tuple[Tensor, State]:
-        return self.argument(state, step), (state[self._moved(step)],)
+        moved = self._moved(step)
+        return state[1 - moved], (state[moved],)
 
     def inverse(self, argument: Tensor, rest: State, value: Tensor, step: int) -> State:
         moved = rest[0] - value

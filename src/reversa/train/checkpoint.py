@@ -77,4 +77,5 @@ def make_network(config: TrainConfig, num_classes: int, channels: int) -> nn.Mod
         width=config.width,
         scheme=config.make_scheme(),
         engine=config.make_engine(),
+        exact=config.exact,
     )

@@ -60,6 +60,7 @@ class TrainConfig:
         gamma: weight of the old velocity, in (0, 1], where the scheme has one; null for its own (momentum: 0.9).
         epochs: passes over the training images.
         engine: where the backward pass gets the states: invert, store, recompute or offload.
+        exact: hold states in integers, so that the backward pass gets the very bits of the forward pass.
         precision: 32-true, 64-true, bf16-mixed, or 16-mixed on a GPU.
         batch_size: images in a step.
         lr: highest learning rate; it rises to it for the first 30 % of the steps and falls to zero afterwards.
@@ -85,6 +86,7 @@ class TrainConfig:
     gamma: float | None = None
     epochs: int = 12
     engine: str = "invert"
+    exact: bool = False
     precision: str | int = "32-true"
     batch_size: int = 64
     lr: float = 0.1

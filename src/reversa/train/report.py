@@ -59,7 +59,7 @@ class Result:
         """The run in a line."""
         config = self.config
         gamma = "" if config.gamma is None else f", gamma {config.gamma:g}"
-        return f"{config.data}: {config.depth} residual blocks, {config.scheme}{gamma}"
+        return f"{config.data}: {config.depth} residual blocks, {config.scheme}{gamma}{', exact' * config.exact}"
 
 
 def write_report(result: Result, folder: RunFolder) -> None:

@@ -1,0 +1,65 @@
+"""Values that were computed in integers, with the gradient of a formula."""
+
+# pyright: reportIncompatibleMethodOverride=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+Weights = tuple[tuple[float, ...], ...]
+"""A linear map: for each output, the weight of each input."""
+
+
+class _Joined(torch.autograd.Function):
+    """Rounding has no derivative; the gradient is that of the same sum of real numbers."""
+
+    @staticmethod
+    def forward(values: tuple[Tensor, ...], weights: Weights, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return values
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.weights = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        sums: dict[tuple[int, ...], Tensor] = {}
+        columns = zip(*ctx.weights, strict=True)
+        wanted = ctx.needs_input_grad[2:]
+        inputs = [
+            _gradient(column, grads, sums) if need else None for column, need in zip(columns, wanted, strict=True)
+        ]
+        if inputs[-1] is None and wanted[-1]:  # Momentum(gamma=1) ignores f, whose gradients are 0 and not missing
+            inputs[-1] = next((torch.zeros_like(g) for g in grads if g is not None), None)
+        return None, None, *inputs
+
+
+def _gradient(
+    weights: Sequence[float], grads: Sequence[Tensor | None], sums: dict[tuple[int, ...], Tensor]
+) -> Tensor | None:
+    """``sum(w * g)``. Mostly all weights are the same, and the sum of the gradients serves several inputs."""
+    terms = [(i, w, g) for i, (w, g) in enumerate(zip(weights, grads, strict=True)) if g is not None and w != 0]
+    if not terms:
+        return None
+    (_, first, total), *rest = terms
+    if all(w == first for _, w, _ in rest):
+        key = tuple(i for i, _, _ in terms)
+        if key not in sums:
+            for _, _, g in rest:
+                total = total + g
+            sums[key] = total
+        return sums[key] if first == 1 else first * sums[key]
+    total = first * total
+    for _, w, g in rest:
+        total = torch.add(total, g, alpha=w)
+    return total
+
+
+def joined(values: tuple[Tensor, ...], weights: Weights, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The values as they are, for autograd the sums ``weights @ inputs``."""
+    return cast(tuple[Tensor, ...], _Joined.apply(values, weights, *inputs))

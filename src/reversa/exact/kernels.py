@@ -1,0 +1,144 @@
+"""The elementwise arithmetic of exact steps: few passes over memory, and on request compiled into one.
+
+Every product is rounded to an integer before anything is added to it. So no compiler can contract a product and a sum,
+and compiled and eager code give the same bits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: products with a scale are not rounded to 16 bits."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def floating(integer: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers as floating numbers, fresh ones, in which a state of that type is computed."""
+    # PyTorch's CPU kernels convert int64 to float64 twice as fast as to float32.
+    fast = integer.dtype == torch.int64 and integer.device.type == "cpu"
+    return integer.double() if fast or dtype == torch.float64 else integer.float()
+
+
+def real(integer: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """``integer * scale`` in a floating type; exact wherever the integer fits into its digits."""
+    return floating(integer, dtype).mul_(scale).to(dtype)
+
+
+def rounded(product: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest integers. The product is given up."""
+    return product.round_().to(dtype)
+
+
+def plus(integer: Tensor, increment: Tensor) -> Tensor:
+    """The sum in the integer's layout: functions compute other bits over another one. The increment is given up."""
+    return increment.add_(integer) if increment.stride() == integer.stride() else integer + increment
+
+
+def minus(integer: Tensor, decrement: Tensor) -> Tensor:
+    """The difference in the integer's layout. The decrement is given up."""
+    alike = decrement.stride() == integer.stride()
+    return torch.sub(integer, decrement, out=decrement) if alike else integer - decrement
+
+
+def increased(integer: Tensor, value: Tensor, scale: Tensor | float) -> Tensor:
+    """``integer + round(value * scale)``."""
+    return plus(integer, rounded(torch.mul(wide(value), scale), integer.dtype))
+
+
+def decreased(integer: Tensor, value: Tensor, scale: Tensor | float) -> Tensor:
+    """``integer - round(value * scale)``: undoes :func:`increased`."""
+    return minus(integer, rounded(torch.mul(wide(value), scale), integer.dtype))
+
+
+def advanced(
+    X: Tensor, V: Tensor, value: Tensor, push: Tensor | float, move: Tensor | float, unit: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``V' = V + round(value * push)``, ``X' = X + round(V' * move)``, and X' times ``unit`` as real numbers."""
+    dtype = value.dtype
+    V = increased(V, value, push)
+    X = plus(X, rounded(floating(V, dtype).mul_(move), X.dtype))
+    return X, V, real(X, unit, dtype)
+
+
+def retreated(
+    X: Tensor, V: Tensor, move: Tensor | float, unit: Tensor | float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``X = X' - round(V' * move)``, and X times ``unit`` as real numbers: undoes half of :func:`advanced`."""
+    X = minus(X, rounded(floating(V, dtype).mul_(move), X.dtype))
+    return X, real(X, unit, dtype)
+
+
+def combined(integers: Sequence[Tensor], row: Sequence[int]) -> Tensor:
+    """``row @ integers``; an integer itself where nothing is done to it."""
+    terms = [i if weight == 1 else weight * i for i, weight in zip(integers, row, strict=True) if weight]
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def moved(
+    integers: Sequence[Tensor], row: Sequence[int], value: Tensor, push: Tensor | float, unit: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """``row @ integers + round(value * push)``, and this times ``unit`` as real numbers."""
+    integer = increased(combined(integers, row), value, push)
+    return integer, real(integer, unit, value.dtype)
+
+
+def separated(integers: Sequence[Tensor], row: Sequence[int], unit: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """``row @ integers`` times ``unit``, as real numbers."""
+    return real(combined(integers, row), unit, dtype)
+
+
+@lru_cache(1 << 14)
+def _tensor(number: float) -> Tensor:
+    """Scales come back in every training step, and making a tensor takes as long as using it."""
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=torch.float64)
+
+
+class Compiled(Generic[P, R]):
+    """A function of tensors and numbers, compiled at its first call; where that fails it is run as it is."""
+
+    def __init__(self, function: Callable[P, R]) -> None:
+        self.function = function
+        self.compiled: Callable[..., R] | None = None
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.compiled is self.function or any(isinstance(a, FakeTensor) for a in args):
+            return self.function(*args, **kwargs)
+        try:
+            if self.compiled is None:
+                self.compiled = torch.compile(self.function)
+            # A number would be a constant of the graph, and scales differ from step to step.
+            return self.compiled(*[_tensor(a) if isinstance(a, float) else a for a in args], **kwargs)
+        except Exception as error:
+            self.compiled = self.function
+            reason = (str(error).strip().splitlines() or [""])[0]
+            warnings.warn(
+                f"FixedPoint(compile=True): {getattr(self.function, '__name__', 'a kernel')} could not be compiled and "
+                f"runs in eager mode, with the same bits. {type(error).__name__}: {reason}",
+                stacklevel=2,
+            )
+            return self.function(*args, **kwargs)
+
+
+_COMPILED: dict[Any, Any] = {}
+
+
+def kernel(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
+    """The function, or the one compiled form of it that all chains share."""
+    if not compiled:
+        return function
+    if function not in _COMPILED:
+        _COMPILED[function] = Compiled(function)
+    return _COMPILED[function]
