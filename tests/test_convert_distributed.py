@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from cases import assert_same, gradients
@@ -19,10 +17,11 @@ from convert_cases import (
     perturbed,
     straight,
 )
+from processes import WORLD, in_two_processes
 from reversa import Momentum
 from reversa.convert import convert, restore
 
-WORLD, BATCH = 2, 3
+BATCH = 3
 
 
 class Model(nn.Module):
@@ -49,7 +48,12 @@ def _expected(reference: Model, x: torch.Tensor):
     return gradients(reference)
 
 
-def _ddp(rank: int, mine: slice) -> None:
+def _mine(rank: int) -> slice:
+    return slice(rank * BATCH, (rank + 1) * BATCH)
+
+
+def _ddp(rank: int) -> None:
+    mine = _mine(rank)
     for settings in ({}, {"static_graph": True, "gradient_as_bucket_view": True}):
         model, reference, x = _models()
         ddp = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-3, **settings)
@@ -60,10 +64,11 @@ def _ddp(rank: int, mine: slice) -> None:
             assert_same(gradients(model), expected, 1e-12)
 
 
-def _fsdp(rank: int, mine: slice) -> None:
+def _fsdp(rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mine = _mine(rank)
     mesh = init_device_mesh("cpu", (WORLD,))
 
     def shard(model: Model, reshard: bool) -> None:
@@ -89,16 +94,6 @@ def _fsdp(rank: int, mine: slice) -> None:
                 optimiser.step()
 
 
-def _process(rank: int, folder: str, work) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
-        work(rank, slice(rank * BATCH, (rank + 1) * BATCH))
-    finally:
-        dist.destroy_process_group()
-
-
 needs_gloo = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch is built without gloo"
 )
@@ -108,7 +103,7 @@ needs_gloo = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_ddp(tmp_path):
-    mp.spawn(_process, args=(str(tmp_path), _ddp), nprocs=WORLD)
+    in_two_processes(tmp_path, _ddp)
 
 
 @needs_gloo
@@ -118,4 +113,4 @@ def test_ddp(tmp_path):
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="FSDP2 on the CPU needs torch >= 2.9"
 )
 def test_fsdp2_for_each_block(tmp_path):
-    mp.spawn(_process, args=(str(tmp_path), _fsdp), nprocs=WORLD)
+    in_two_processes(tmp_path, _fsdp)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import copy
-import os
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import reversa
 from cases import CASES, Attention, assert_same, gradients, mlp
 from oracle import Plain
+from processes import WORLD, in_two_processes
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch is built without gloo"),
 ]
-WORLD = 2
 BATCH = 4
 ENGINES = {"invert": reversa.Invert(), "one by one": reversa.Invert(group=1), "keep": reversa.Invert(keep=2)}
 
@@ -56,21 +53,6 @@ def batch(width: int, *between: int) -> torch.Tensor:
 
 def mean_loss(y: torch.Tensor) -> torch.Tensor:
     return (y.sin() * torch.arange(y.shape[-1])).mean()
-
-
-def _process(rank: int, folder: str, work) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
-        work(rank)
-    finally:
-        dist.destroy_process_group()
-
-
-def in_two_processes(folder: Path, work) -> None:
-    """Run it in two processes; what fails there fails here."""
-    mp.spawn(_process, args=(str(folder), work), nprocs=WORLD)
 
 
 # ---------------------------------------------------------------------- DDP
