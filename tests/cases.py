@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 import oracle
 import reversa
 from reversa import Invert, Offload, Recompute, Store
+from reversa.engine import Engine
+from reversa.exact import Arithmetic
 from reversa.schemes import Scheme
 
 DEPTH = 8
@@ -28,37 +30,52 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 # ---------------------------------------------------------------------- schemes and engines
 
 
+def chain(
+    scheme: Scheme, fs: Sequence[nn.Module], exact: bool | Arithmetic = False, engine: Any = None
+) -> reversa.ReversibleSequence:
+    """The functions in the blocks that the scheme wants, as a chain."""
+    fs, n = list(fs), scheme.functions_per_block
+    blocks = fs if n == 1 else [tuple(fs[i : i + n]) for i in range(0, len(fs), n)]
+    return reversa.ReversibleSequence(blocks, scheme, exact=exact, engine=engine)
+
+
+def input_for(scheme: Scheme, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An input whose streams have the shape that is given; schemes that split theirs do it along dim 1."""
+    batch, width, *rest = shape
+    width *= 1 if scheme.carries_input else 2
+    return torch.randn(batch, width, *rest, dtype=dtype, requires_grad=True)
+
+
 @dataclass(frozen=True)
 class Case:
     """A scheme of the library, and the same rule in the oracle."""
 
     scheme: Scheme
     rule: Callable[..., Any]
-    halves: bool = False
+
+    @property
+    def halves(self) -> bool:
+        return not self.scheme.carries_input
 
     def sequence(self, fs: Sequence[nn.Module], engine: Any = None) -> reversa.ReversibleSequence:
-        fs, n = list(fs), self.scheme.functions_per_block
-        blocks = fs if n == 1 else [tuple(fs[i : i + n]) for i in range(0, len(fs), n)]
-        return reversa.ReversibleSequence(blocks, scheme=self.scheme, engine=engine)
+        return chain(self.scheme, fs, engine=engine)
 
     def with_engine(self, engine: Any) -> Callable[..., Any]:
         """The chain, called like a rule of the oracle."""
         return lambda fs, x, *args, **kwargs: self.sequence(fs, engine)(x, *args, **kwargs)
 
     def input(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """An input whose streams have the shape that is given."""
-        batch, width, *rest = shape
-        return torch.randn(batch, width * (1 + self.halves), *rest, dtype=dtype, requires_grad=True)
+        return input_for(self.scheme, *shape, dtype=dtype)
 
 
 CASES: dict[str, Case] = {
     "momentum": Case(reversa.Momentum(0.9), partial(oracle.momentum, gamma=0.9)),
     "momentum-0.99": Case(reversa.Momentum(0.99), partial(oracle.momentum, gamma=0.99)),
-    "revnet": Case(reversa.RevNet(), oracle.revnet, halves=True),
-    "additive": Case(reversa.AdditiveCoupling(), oracle.additive, halves=True),
+    "revnet": Case(reversa.RevNet(), oracle.revnet),
+    "additive": Case(reversa.AdditiveCoupling(), oracle.additive),
 }
 
-ENGINES: dict[str, reversa.engine.Engine] = {
+ENGINES: dict[str, Engine] = {
     "invert": Invert(),
     "invert-one-by-one": Invert(group=1),  # small states are replayed several steps at a time by default
     "invert-group3": Invert(group=3),

@@ -171,6 +171,15 @@ def taps(blocks: Sequence[Loop], x: Tensor) -> list[Tensor]:
     return [x := block(x) for block in blocks]
 
 
+def bias_of_the_first(blocks: Sequence[Loop], x: Tensor) -> Tensor:
+    """T5's position bias: an argument with a graph that reaches back into the chain."""
+    bias = None
+    for block in blocks:
+        x = block(x, shift=bias)
+        bias = x.mean(0) * 0.1 if bias is None else bias
+    return x
+
+
 # ---------------------------------------------------------------------- torchvision's ResNets
 
 

@@ -17,6 +17,7 @@ from convert_cases import (
     KeywordBlock,
     TupleBlock,
     assert_right,
+    bias_of_the_first,
     by_rule,
     leaf,
     looped,
@@ -154,15 +155,6 @@ def test_each_block_gets_its_own_arguments():
 
 
 def test_arguments_made_by_the_blocks_before():
-    """T5's position bias: an argument with a graph that reaches back into the chain."""
-
-    def bias_of_the_first(blocks, x):
-        bias = None
-        for block in blocks:
-            x = block(x, shift=bias)
-            bias = x.mean(0) * 0.1 if bias is None else bias
-        return x
-
     assert_right(looped(bias_of_the_first, kind=ExtraBlock), leaf(4, 6))
     model, x = convert(looped(bias_of_the_first, kind=ExtraBlock), Momentum(0.999)), leaf(4, 6)
     model(x)

@@ -18,6 +18,7 @@ from convert_cases import (
     ExtraBlock,
     KeywordBlock,
     TupleBlock,
+    bias_of_the_first,
     by_rule,
     leaf,
     looped,
@@ -27,17 +28,16 @@ from convert_cases import (
     taps,
     train,
 )
+from exact_cases import FIXED, assert_bit_equal
 from reversa import Invert, Momentum, Offload, Recompute, Store
 from reversa.convert import convert, explain, restore
 from reversa.errors import SettingError, StateChanged
-from reversa.exact import FixedPoint
+from reversa.exact import FixedPoint, Ratio
 from reversa.memory import LiveBytes
 from test_convert_changes import cloned, normalised, plus_embedding
 from test_convert_loop import KEEPING, by_name, by_place
-from test_exact import assert_bit_equal
 
 GAMMAS = pytest.mark.parametrize("gamma", [0.9, 0.5, 0.01])
-ARITHMETIC = {"int64": True, "int32": FixedPoint(bits=32)}
 
 
 def both(model: nn.Module, gamma: float, exact=True, engine=None, **settings) -> tuple[nn.Module, nn.Module]:
@@ -84,12 +84,12 @@ def test_every_engine(loop, engine):
     assert_exact(looped(loop, depth=7, p=0.3), leaf(4, 6), engine=engine)
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("arithmetic", [*FIXED, "ratio"])
 @GAMMAS
 def test_a_deep_model(gamma, arithmetic):
     """Float inversion is garbage here for every gamma below."""
-    model = looped(depth=200).float()
-    assert_exact(model, torch.randn(4, 6, requires_grad=True), gamma=gamma, exact=ARITHMETIC[arithmetic])
+    model, exact = looped(depth=200).float(), FIXED.get(arithmetic) or Ratio.of(gamma)
+    assert_exact(model, torch.randn(4, 6, requires_grad=True), gamma=gamma, exact=exact)
 
 
 def test_under_autocast():
@@ -145,13 +145,6 @@ def test_frozen_blocks():
 
 
 def test_an_argument_made_by_the_first_block_closes_no_cycle():
-    def bias_of_the_first(blocks, x):
-        bias = None
-        for block in blocks:
-            x = block(x, shift=bias)
-            bias = x.mean(0) * 0.1 if bias is None else bias
-        return x
-
     model, x = assert_exact(looped(bias_of_the_first, kind=ExtraBlock), leaf(4, 6), gamma=0.5), leaf(4, 6)
     with no_collector(), LiveBytes() as counted:
         out = model(x)

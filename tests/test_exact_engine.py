@@ -14,11 +14,23 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import reversa
-from cases import FAMILIES, Attention, Function, Storages, conv, gradients, loss_of, mlp, no_collector
+from cases import (
+    FAMILIES,
+    Attention,
+    Function,
+    Storages,
+    chain,
+    conv,
+    gradients,
+    input_for,
+    loss_of,
+    mlp,
+    no_collector,
+)
+from exact_cases import assert_bit_equal, step
 from reversa.errors import ReplayError, ReversaError
 from reversa.exact import FixedPoint
 from test_distributed import BATCH, WORLD, in_two_processes
-from test_exact import assert_bit_equal, chain, step
 
 SCHEMES = {
     "momentum": reversa.Momentum(0.9),
@@ -52,10 +64,8 @@ def sequence(scheme: str, fs, engine="invert", exact=True) -> reversa.Reversible
     return chain(SCHEMES[scheme], fs, exact, ENGINES[engine])
 
 
-def input_for(scheme: str, *shape: int, dtype=torch.float32) -> torch.Tensor:
-    batch, width, *rest = shape
-    width *= 1 if SCHEMES[scheme].carries_input else 2
-    return torch.randn(batch, width, *rest, dtype=dtype, requires_grad=True)
+def input_of(scheme: str, *shape: int, **settings) -> torch.Tensor:
+    return input_for(SCHEMES[scheme], *shape, **settings)
 
 
 def assert_exact(seq, x, **extras) -> None:
@@ -93,7 +103,7 @@ def assert_exact_under(call, seq, *inputs) -> None:
 @every_scheme
 def test_every_engine(scheme, engine):
     fs = [mlp(p=0.3) for _ in range(DEPTH)]
-    assert_exact(sequence(scheme, fs, engine), input_for(scheme, 4, 6))
+    assert_exact(sequence(scheme, fs, engine), input_of(scheme, 4, 6))
 
 
 @inverting
@@ -103,7 +113,7 @@ def test_kinds_of_functions(scheme, family, engine):
     """Dropout, BatchNorm, attention with a memory and a mask as keyword arguments, tuples."""
     family, dtype = FAMILIES[family], torch.float32
     assert_exact(
-        sequence(scheme, family.functions(6, dtype), engine), input_for(scheme, *family.shape), **family.extras(dtype)
+        sequence(scheme, family.functions(6, dtype), engine), input_of(scheme, *family.shape), **family.extras(dtype)
     )
 
 
@@ -120,13 +130,13 @@ def test_autocast(scheme, family, exact):
             return seq(x, **extras)
 
     seq = sequence(scheme, family.functions(6, dtype), exact=exact)
-    assert_exact_under(call, seq, input_for(scheme, *family.shape))
+    assert_exact_under(call, seq, input_of(scheme, *family.shape))
 
 
 @both
 def test_models_of_16_bits(scheme):
     fs = FAMILIES["mlp"].functions(6, torch.bfloat16)
-    assert_exact(sequence(scheme, fs), input_for(scheme, 4, 6, dtype=torch.bfloat16))
+    assert_exact(sequence(scheme, fs), input_of(scheme, 4, 6, dtype=torch.bfloat16))
 
 
 class Shifted(nn.Module):
@@ -150,7 +160,7 @@ def test_extra_arguments(scheme, engine):
 
     seq = sequence(scheme, [Shifted() for _ in range(DEPTH)], engine)
     shift, scale = (torch.randn(n, 6, requires_grad=True) for n in (1, 4))
-    assert_exact_under(call, seq, input_for(scheme, 4, 6), shift, scale)
+    assert_exact_under(call, seq, input_of(scheme, 4, 6), shift, scale)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +173,7 @@ def test_frozen_parameters(scheme, engine, frozen, input_wants):
     fs = [mlp() for _ in range(DEPTH)]
     for i in frozen:
         fs[i].requires_grad_(False)
-    seq, x = sequence(scheme, fs, engine), input_for(scheme, 4, 6).detach().requires_grad_(input_wants)
+    seq, x = sequence(scheme, fs, engine), input_of(scheme, 4, 6).detach().requires_grad_(input_wants)
     if len(frozen) == DEPTH and not input_wants:
         assert not seq(x).requires_grad
     else:
@@ -176,7 +186,7 @@ def test_frozen_biases_and_weights(scheme, engine):
     fs = [mlp() for _ in range(DEPTH)]
     for i, f in enumerate(fs):
         (f[0].weight if i % 2 else f[2].bias).requires_grad_(False)
-    assert_exact(sequence(scheme, fs, engine), input_for(scheme, 4, 6))
+    assert_exact(sequence(scheme, fs, engine), input_of(scheme, 4, 6))
 
 
 @inverting
@@ -185,14 +195,14 @@ def test_shared_modules_and_parameters(scheme, engine):
     shared, fs = mlp(p=0.2), [mlp() for _ in range(DEPTH)]
     fs[1] = fs[4] = fs[5] = shared
     fs[7][0].weight = fs[2][0].weight
-    assert_exact(sequence(scheme, fs, engine), input_for(scheme, 4, 6))
+    assert_exact(sequence(scheme, fs, engine), input_of(scheme, 4, 6))
 
 
 @both
 def test_layouts(scheme):
     """Convolutions compute other bits over another layout."""
     fs = [conv(8).to(memory_format=torch.channels_last) for _ in range(DEPTH)]
-    x = input_for(scheme, 3, 8, 9, 9).detach()
+    x = input_of(scheme, 3, 8, 9, 9).detach()
     for layout in (torch.contiguous_format, torch.channels_last):
         assert_exact(sequence(scheme, fs, "one by one"), x.clone(memory_format=layout).requires_grad_())
 
@@ -210,7 +220,7 @@ class Permuted(nn.Module):
 
 @every_scheme
 def test_functions_that_change_the_layout(scheme):
-    seq, x = sequence(scheme, [Permuted() for _ in range(DEPTH)]), input_for(scheme, 2, 4, 9, 9)
+    seq, x = sequence(scheme, [Permuted() for _ in range(DEPTH)]), input_of(scheme, 2, 4, 9, 9)
     assert_exact(seq, x)
     first = SCHEMES[scheme].open(x.detach())
     back = seq.inverse_state(seq.forward_state(first))
@@ -228,12 +238,12 @@ def test_a_second_backward(scheme, engine):
         loss_of(y).backward(retain_graph=True)
         return y.sin()
 
-    assert_exact_under(call, sequence(scheme, [mlp(p=0.3) for _ in range(DEPTH)], engine), input_for(scheme, 4, 6))
+    assert_exact_under(call, sequence(scheme, [mlp(p=0.3) for _ in range(DEPTH)], engine), input_of(scheme, 4, 6))
 
 
 @both
 def test_a_second_backward_without_asking_is_an_error(scheme):
-    y = sequence(scheme, [mlp() for _ in range(DEPTH)])(input_for(scheme, 4, 6))
+    y = sequence(scheme, [mlp() for _ in range(DEPTH)])(input_of(scheme, 4, 6))
     loss_of(y).backward(retain_graph=False)
     with pytest.raises((ReplayError, RuntimeError)):
         loss_of(y).backward()
@@ -249,7 +259,7 @@ def gradients_of(seq, x, wanted, engine):
 @inverting
 @both
 def test_gradients_of_some(scheme, engine, wanted):
-    seq, x = sequence(scheme, [mlp(p=0.2) for _ in range(DEPTH)]), input_for(scheme, 4, 6)
+    seq, x = sequence(scheme, [mlp(p=0.2) for _ in range(DEPTH)]), input_of(scheme, 4, 6)
     ours, theirs = (gradients_of(seq, x, wanted, e) for e in (ENGINES[engine], STORE))
     assert all(map(torch.equal, ours, theirs))
 
@@ -258,7 +268,7 @@ def test_gradients_of_some(scheme, engine, wanted):
 @both
 def test_gradients_of_some_over_one_graph(scheme, engine):
     """In any order: each backward pass walks from the end again."""
-    seq, x = sequence(scheme, [mlp(p=0.2) for _ in range(DEPTH)]), input_for(scheme, 4, 6)
+    seq, x = sequence(scheme, [mlp(p=0.2) for _ in range(DEPTH)]), input_of(scheme, 4, 6)
     results = []
     for seq.engine in (ENGINES[engine], STORE):
         torch.manual_seed(3)
@@ -282,13 +292,13 @@ def smooth(width: int = 6) -> nn.Module:
 @every_scheme
 def test_a_gradient_penalty(scheme, engine):
     fs = [smooth().double() for _ in range(DEPTH)]
-    assert_exact_under(penalty, sequence(scheme, fs, engine), input_for(scheme, 4, 6, dtype=torch.float64))
+    assert_exact_under(penalty, sequence(scheme, fs, engine), input_of(scheme, 4, 6, dtype=torch.float64))
 
 
 @both
 def test_a_gradient_penalty_is_that_of_the_formula(scheme):
     """Held against the float chain: the second derivative goes through the rule, not around it."""
-    fs, x = [smooth().double() for _ in range(DEPTH)], input_for(scheme, 4, 6, dtype=torch.float64)
+    fs, x = [smooth().double() for _ in range(DEPTH)], input_of(scheme, 4, 6, dtype=torch.float64)
     exact = run(sequence(scheme, fs), penalty, x)
     for name, want in run(chain(SCHEMES[scheme], fs, False, STORE), penalty, x).items():
         assert torch.allclose(exact[name], want, rtol=1e-6, atol=1e-6), name
@@ -302,7 +312,7 @@ def test_two_forwards_before_one_backward(scheme, engine):
         return first.tanh() * seq(x + second)
 
     fs = [mlp(p=0.2) for _ in range(DEPTH)]
-    assert_exact_under(call, sequence(scheme, fs, engine), input_for(scheme, 4, 6), input_for(scheme, 4, 6))
+    assert_exact_under(call, sequence(scheme, fs, engine), input_of(scheme, 4, 6), input_of(scheme, 4, 6))
 
 
 @inverting
@@ -313,14 +323,14 @@ def test_two_shapes_before_one_backward(scheme, engine):
         return second, first
 
     fs = [mlp() for _ in range(DEPTH)]
-    assert_exact_under(call, sequence(scheme, fs, engine), input_for(scheme, 4, 6), input_for(scheme, 2, 6))
+    assert_exact_under(call, sequence(scheme, fs, engine), input_of(scheme, 4, 6), input_of(scheme, 2, 6))
 
 
 @both
 def test_threads(scheme):
     """Chains that run at the same time share nothing."""
     seq, results = sequence(scheme, [mlp() for _ in range(DEPTH)]), {}
-    inputs = [input_for(scheme, 4 + i, 6) for i in range(4)]
+    inputs = [input_of(scheme, 4 + i, 6) for i in range(4)]
 
     def work(i: int, engine) -> None:
         copied = copy.deepcopy(seq)
@@ -352,7 +362,7 @@ class Checkpointed(nn.Module):
 @inverting
 @both
 def test_a_checkpoint_inside(scheme, engine):
-    assert_exact(sequence(scheme, [Checkpointed() for _ in range(DEPTH)], engine), input_for(scheme, 4, 6))
+    assert_exact(sequence(scheme, [Checkpointed() for _ in range(DEPTH)], engine), input_of(scheme, 4, 6))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -362,7 +372,7 @@ def test_a_chain_inside_a_checkpoint(scheme, engine, reentrant):
     def call(seq, x):
         return checkpoint(lambda x: seq(x.sin()), x, use_reentrant=reentrant).cos()
 
-    assert_exact_under(call, sequence(scheme, [mlp(p=0.3) for _ in range(DEPTH)], engine), input_for(scheme, 4, 6))
+    assert_exact_under(call, sequence(scheme, [mlp(p=0.3) for _ in range(DEPTH)], engine), input_of(scheme, 4, 6))
 
 
 @pytest.mark.parametrize("inner_exact", [True, False])
@@ -371,7 +381,7 @@ def test_a_chain_inside_a_checkpoint(scheme, engine, reentrant):
 def test_a_chain_of_chains(scheme, engine, inner_exact):
     fs = [chain(SCHEMES["revnet"], [mlp(3) for _ in range(4)], inner_exact, reversa.Invert(group=1)) for _ in range(4)]
     seq = sequence(scheme, fs, engine)
-    assert_exact_under(lambda seq, x: seq(x), seq, input_for(scheme, 4, 6))
+    assert_exact_under(lambda seq, x: seq(x), seq, input_of(scheme, 4, 6))
 
 
 def test_chains_one_after_another():
@@ -383,7 +393,7 @@ def test_chains_one_after_another():
 
 @both
 def test_without_gradients_the_same_numbers(scheme):
-    seq, x = sequence(scheme, [Attention() for _ in range(6)]), input_for(scheme, 2, 3, 8)
+    seq, x = sequence(scheme, [Attention() for _ in range(6)]), input_of(scheme, 2, 3, 8)
     expected = seq(x).detach()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -396,7 +406,7 @@ def test_without_gradients_the_same_numbers(scheme):
 
 @both
 def test_evaluation_with_statistics_of_its_own(scheme):
-    seq, x = sequence(scheme, [conv() for _ in range(6)]), input_for(scheme, 3, 4, 5, 5)
+    seq, x = sequence(scheme, [conv() for _ in range(6)]), input_of(scheme, 3, 4, 5, 5)
     seq(x)
     seq.eval()
     assert_exact(seq, x)
@@ -417,7 +427,7 @@ def test_hooks_see_what_they_see_without_us(scheme, engine):
             f.register_full_backward_hook(lambda m, gi, go, i=i: seen.append((i, go[0].clone())))
         return seq(x)
 
-    seq, x, logs = sequence(scheme, [mlp() for _ in range(DEPTH)], engine), input_for(scheme, 4, 6), []
+    seq, x, logs = sequence(scheme, [mlp() for _ in range(DEPTH)], engine), input_of(scheme, 4, 6), []
     for seq.engine in (ENGINES[engine], STORE):
         run(seq, call, x)
         logs.append(list(seen))
@@ -427,7 +437,7 @@ def test_hooks_see_what_they_see_without_us(scheme, engine):
 
 @both
 def test_functional_calls(scheme):
-    seq, x = sequence(scheme, [mlp() for _ in range(DEPTH)]), input_for(scheme, 4, 6)
+    seq, x = sequence(scheme, [mlp() for _ in range(DEPTH)]), input_of(scheme, 4, 6)
     results = []
     for seq.engine in (ENGINES["invert"], STORE):
         leaves = {n: (p.detach() * 0.7).requires_grad_() for n, p in seq.named_parameters()}
@@ -440,7 +450,7 @@ def test_functional_calls(scheme):
 @both
 def test_functional_gradients(scheme, engine):
     """torch.func.grad differentiates the formula; nothing is computed back there."""
-    seq, x = sequence(scheme, [mlp().double() for _ in range(6)], engine), input_for(scheme, 4, 6, dtype=torch.float64)
+    seq, x = sequence(scheme, [mlp().double() for _ in range(6)], engine), input_of(scheme, 4, 6, dtype=torch.float64)
     parameters = {n: p.detach() for n, p in seq.named_parameters()}
     ours = torch.func.grad(lambda ps: functional_call(seq, ps, (x.detach(),)).sin().sum())(parameters)
     seq.engine = STORE
@@ -452,7 +462,7 @@ def test_functional_gradients(scheme, engine):
 @both
 def test_vmap_and_forward_mode_are_right_or_refused(scheme):
     fs = [mlp().double() for _ in range(6)]
-    seq, x = sequence(scheme, fs), input_for(scheme, 4, 6, dtype=torch.float64).detach()
+    seq, x = sequence(scheme, fs), input_of(scheme, 4, 6, dtype=torch.float64).detach()
     plain = chain(SCHEMES[scheme], fs, False, STORE)
     direction = torch.randn_like(x)
     for transform in (
@@ -469,7 +479,7 @@ def test_vmap_and_forward_mode_are_right_or_refused(scheme):
 
 def test_parameters_changed_before_the_backward_pass():
     seq = sequence("momentum", [mlp() for _ in range(DEPTH)])
-    loss = loss_of(seq(input_for("momentum", 4, 6)))
+    loss = loss_of(seq(input_of("momentum", 4, 6)))
     with torch.no_grad():
         seq.functions[3][0].weight.mul_(1.1)
     with pytest.raises(ReplayError, match="changed in place"):
@@ -479,7 +489,7 @@ def test_parameters_changed_before_the_backward_pass():
 @both
 def test_the_output_changed_in_place(scheme):
     """Either the state is safe from it, or there is an error: never another gradient."""
-    seq, x = sequence(scheme, [mlp() for _ in range(DEPTH)]), input_for(scheme, 4, 6)
+    seq, x = sequence(scheme, [mlp() for _ in range(DEPTH)]), input_of(scheme, 4, 6)
 
     def call(seq, x):
         return seq(x).mul_(2)
@@ -504,7 +514,7 @@ def train_once(seq, x) -> None:
 @inverting
 @every_scheme
 def test_nothing_is_held_after_a_step(scheme, engine):
-    seq, x = sequence(scheme, [Shifted() for _ in range(DEPTH)], engine), input_for(scheme, 4, 6)
+    seq, x = sequence(scheme, [Shifted() for _ in range(DEPTH)], engine), input_of(scheme, 4, 6)
     train_once(seq, x)
     with no_collector(), Storages() as storages:
         train_once(seq, x)
@@ -514,7 +524,7 @@ def test_nothing_is_held_after_a_step(scheme, engine):
 @inverting
 @every_scheme
 def test_nothing_is_held_without_a_backward(scheme, engine):
-    seq, x = sequence(scheme, [Shifted() for _ in range(DEPTH)], engine), input_for(scheme, 4, 6)
+    seq, x = sequence(scheme, [Shifted() for _ in range(DEPTH)], engine), input_of(scheme, 4, 6)
     with no_collector(), Storages() as storages:
         y = seq(x, torch.randn(6, requires_grad=True).tanh())
         assert storages.alive() > 0
@@ -524,7 +534,7 @@ def test_nothing_is_held_without_a_backward(scheme, engine):
 
 @both
 def test_nothing_is_held_after_a_gradient_penalty(scheme):
-    seq, x = sequence(scheme, [smooth() for _ in range(DEPTH)]), input_for(scheme, 4, 6)
+    seq, x = sequence(scheme, [smooth() for _ in range(DEPTH)]), input_of(scheme, 4, 6)
     with no_collector(), Storages() as storages:
         y, g = penalty(seq, x)
         (g**2).sum().backward()
@@ -543,7 +553,7 @@ def test_nothing_is_held_after_an_exception(scheme, where):
         return y
 
     fs = [Function(boom if i == 4 else None) for i in range(DEPTH)]
-    seq, x = sequence(scheme, fs), input_for(scheme, 4, 6)
+    seq, x = sequence(scheme, fs), input_of(scheme, 4, 6)
     with no_collector(), Storages() as storages:
         with pytest.raises(KeyError) as caught:
             loss_of(seq(x)).backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 import warnings
@@ -13,7 +12,8 @@ import torch
 from torch import nn
 
 import reversa
-from cases import gradients
+from cases import chain, input_for
+from exact_cases import assert_bit_equal, step
 from reversa.errors import StateError
 from reversa.exact import FixedPoint, kernels
 from reversa.exact.watch import Linear, Range
@@ -76,24 +76,10 @@ def test_the_layout_is_the_integers(compiled):
     assert torch.equal(start, V)
 
 
-def chain(exact, depth=12, width=16, scheme=None, engine=None):
+def sequence(exact, depth=12, width=16, scheme=None):
     torch.manual_seed(0)
     fs = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)]
-    scheme = scheme or reversa.Momentum(0.9)
-    blocks = list(zip(fs[::2], fs[1::2], strict=True)) if scheme.functions_per_block == 2 else fs
-    return reversa.ReversibleSequence(blocks, scheme, exact=exact, engine=engine)
-
-
-def trained(seq, x):
-    x = x.clone().requires_grad_()
-    y = seq(x)
-    y.square().sum().backward()
-    return {"y": y.detach(), "x": x.grad} | gradients(seq)
-
-
-def assert_same_bits(one, two):
-    assert list(one) == list(two)
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    return chain(scheme or reversa.Momentum(0.9), fs, exact)
 
 
 @pytest.mark.slow
@@ -101,21 +87,20 @@ def assert_same_bits(one, two):
 @pytest.mark.parametrize("scheme", [reversa.Momentum(0.9), reversa.Momentum(0.3), reversa.RevNet()], ids=str)
 def test_compiled_has_the_bits_of_eager(scheme, bits):
     """Compiled and computed back, against eager with stored activations."""
-    halves = scheme.functions_per_block
-    x = torch.randn(5, 16 * halves)
+    x = input_for(scheme, 5, 16)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*could not be compiled")
-        got = trained(chain(FixedPoint(bits=bits, compile=True), scheme=scheme), x)
-    assert_same_bits(got, trained(chain(FixedPoint(bits=bits), scheme=scheme, engine=reversa.Store()), x))
+        got = step(sequence(FixedPoint(bits=bits, compile=True), scheme=scheme), x, reversa.Invert())
+    assert_bit_equal(got, step(sequence(FixedPoint(bits=bits), scheme=scheme), x, reversa.Store()))
 
 
 @pytest.mark.slow
 def test_forward_compiled_and_back_in_eager():
     state = torch.randn(5, 16), torch.randn(5, 16)
-    last = chain(FixedPoint(compile=True), depth=100).forward_state(state)
-    back = chain(FixedPoint(), depth=100).inverse_state(last)
+    last = sequence(FixedPoint(compile=True), depth=100).forward_state(state)
+    back = sequence(FixedPoint(), depth=100).inverse_state(last)
     assert all(torch.equal(b, s) for b, s in zip(back[:2], state, strict=True))
-    expected = chain(FixedPoint(), depth=100).forward_state(state)
+    expected = sequence(FixedPoint(), depth=100).forward_state(state)
     assert all(torch.equal(a, b) for a, b in zip(last, expected, strict=True))
 
 
@@ -126,7 +111,7 @@ def test_512_steps_are_a_handful_of_graphs():
 
     torch._dynamo.reset()
     counters.clear()
-    trained(chain(FixedPoint(compile=True), depth=512, width=4), torch.randn(3, 4))
+    step(sequence(FixedPoint(compile=True), depth=512, width=4), torch.randn(3, 4), reversa.Invert())
     assert 0 < counters["stats"]["unique_graphs"] <= 6
 
 
@@ -136,14 +121,14 @@ def test_where_compilation_fails_eager_has_the_same_bits(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function: broken)
     monkeypatch.setattr(kernels, "_COMPILED", {})
-    seq, x = chain(FixedPoint(compile=True)), torch.randn(5, 16)
+    seq, x = sequence(FixedPoint(compile=True)), torch.randn(5, 16, requires_grad=True)
     with pytest.warns(UserWarning, match="could not be compiled.*RuntimeError: no compiler here$") as caught:
-        got = trained(copy.deepcopy(seq), x)
+        got = step(seq, x, reversa.Invert())
     assert len([w for w in caught if "could not be compiled" in str(w.message)]) == 3  # one for each kernel
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*could not be compiled")
-        trained(seq, x)
-    assert_same_bits(got, trained(chain(FixedPoint(), engine=reversa.Store()), x))
+        step(seq, x, reversa.Invert())
+    assert_bit_equal(got, step(sequence(FixedPoint()), x, reversa.Store()))
 
 
 def test_nothing_is_compiled_unasked():
@@ -172,14 +157,13 @@ class Constant(nn.Module):
 def test_the_sum_that_leaves_the_range_is_the_one_reported(scheme):
     """Every step adds the same, so the step at which the limit of 1024 is reached is known."""
     fs = [Constant(100.0) for _ in range(64)]
-    blocks = list(zip(fs[::2], fs[1::2], strict=True)) if scheme.functions_per_block == 2 else fs
     x, v, last = 0.0, 0.0, -1
     while x < 1024:
         last += 1
         v = 0.9 * v + 10 if scheme.functions_per_block == 1 else 50.0  # RevNet's streams take turns
         x += v
     with pytest.raises(StateError, match=rf"step {last}: the state( x)? reaches .*radix=16"):
-        reversa.ReversibleSequence(blocks, scheme, exact=FixedPoint(bits=32))(torch.zeros(2, 4))
+        chain(scheme, fs, FixedPoint(bits=32))(torch.zeros(2, 4))
 
 
 def test_a_bound_is_no_refusal():
@@ -223,7 +207,7 @@ def test_numbers_of_an_accelerator_are_read_at_the_end(monkeypatch, after):
     monkeypatch.setattr(watch, "peak", lambda x: torch.tensor(peak(x)))
     scheme = IntegratingFactor(reversa.Momentum(0.9), FixedPoint(bits=32))
     state = scheme.open(torch.zeros(2, 4))
-    for step, value in enumerate((1.0, 1e6, 1.0)):
-        state = scheme.forward(state, torch.full((2, 4), value), step)  # nothing is raised here
+    for number, value in enumerate((1.0, 1e6, 1.0)):
+        state = scheme.forward(state, torch.full((2, 4), value), number)  # nothing is raised here
     with pytest.raises(StateError, match=r"step 1: what f returned reaches 1e\+06"):
         scheme.close(state) if after == "close" else scheme.uncover(state, 2)

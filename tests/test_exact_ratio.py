@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import reversa
-from cases import FAMILIES
+from cases import FAMILIES, chain
+from exact_cases import assert_bit_equal, step
 from reversa.errors import SettingError, StateError
 from reversa.exact import FixedPoint, Ratio, exact_scheme
 from reversa.exact import ratio as module
-from test_exact import assert_bit_equal, chain, step
 
 # Depth 1000: the words that leave the buffer, as published for this recipe.
 WORDS = {(1, 2): 30, (9, 10): 3, (99, 100): 0, (999, 1000): 0}
@@ -84,8 +84,8 @@ def come_back(scheme, states, values) -> bool:
     )
 
 
-def functions(depth: int) -> list[nn.Module]:
-    return FAMILIES["mlp"].functions(depth, torch.float32)
+def functions(depth: int, family: str = "mlp") -> list[nn.Module]:
+    return FAMILIES[family].functions(depth, torch.float32)
 
 
 # ---------------------------------------------------------------------- against integers without bound
@@ -136,16 +136,12 @@ def test_as_many_words_leave_the_buffer_as_its_bound_says(n, d):
 
 
 @ratios
-def test_every_state_comes_back_at_depth_1000(ratio):
+def test_the_first_state_comes_back_from_depth_1000(ratio):
     seq = chain(reversa.Momentum(ratio.n / ratio.d), functions(1000), ratio)
     first = tuple(torch.randn(4, 6) * 10.0 ** torch.randint(-9, 3, (4, 6)) for _ in range(2))
     last = seq.forward_state(first)
     back = seq.inverse_state(last)
     assert all(torch.equal(b, f) for b, f in zip(back[:2], first, strict=True))
-    with torch.no_grad():
-        states = seq.states(first[0])
-        values = [f(state[0]) for f, state in zip(seq.functions, states[:-1], strict=True)]
-        assert come_back(seq.scheme_for(first[0]), states, values)
 
 
 @ratios
@@ -218,22 +214,6 @@ def test_without_rounding_down_or_without_words_it_would_be_wrong(monkeypatch):
 # ---------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("depth", [1, 10, 100])
-@ratios
-def test_gradients_are_those_of_stored_activations(ratio, depth):
-    seq = chain(reversa.Momentum(ratio.n / ratio.d, init=nn.Linear(6, 6)), functions(depth), ratio)
-    x = torch.randn(4, 6, requires_grad=True)
-    assert_bit_equal(step(seq, x, reversa.Invert()), step(seq, x, reversa.Store()))
-
-
-@pytest.mark.slow
-@ratios
-def test_gradients_at_depth_1000(ratio):
-    seq = chain(reversa.Momentum(ratio.n / ratio.d), functions(1000), ratio)
-    x = torch.randn(4, 6, requires_grad=True)
-    assert_bit_equal(step(seq, x, reversa.Invert()), step(seq, x, reversa.Store()))
-
-
 ENGINES = [
     reversa.Invert(verify=True, group=1),
     reversa.Invert(verify=True, group=8),
@@ -246,56 +226,10 @@ ENGINES = [
 
 @pytest.mark.parametrize("engine", ENGINES, ids=map(repr, ENGINES))
 def test_every_engine_past_the_first_words(engine):
-    seq = chain(reversa.Momentum(0.5), functions(130), Ratio(1, 2))
+    seq = chain(reversa.Momentum(0.5, init=nn.Linear(6, 6)), functions(130, "dropout"), Ratio(1, 2))
     assert seq.scheme_for(torch.zeros(1)).words(130) == 3
     x = torch.randn(4, 6, requires_grad=True)
     assert_bit_equal(step(seq, x, engine), step(seq, x, reversa.Store()))
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize("family", ["dropout", "conv-bn", "attention"])
-def test_functions_with_side_effects_and_16_bits(family, autocast):
-    fs = FAMILIES[family].functions(20, torch.float32)
-    seq = chain(reversa.Momentum(0.9), fs, Ratio(9, 10))
-    shape = {"dropout": (4, 6), "conv-bn": (3, 4, 5, 5), "attention": (2, 3, 8)}[family]
-    x = torch.randn(shape, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert_bit_equal(step(seq, x, reversa.Invert()), step(seq, x, reversa.Store()))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Linear(6, 6)
-
-    def forward(self, x):
-        return x + torch.tanh(self.f(x))
-
-
-def test_a_converted_model():
-    model = nn.Sequential(nn.Linear(6, 6), *(Block() for _ in range(80)), nn.Linear(6, 2))
-    x = torch.randn(4, 6, requires_grad=True)
-    results = []
-    for engine in (reversa.Invert(verify=True), reversa.Store()):
-        reversa.convert(model, scheme=reversa.Momentum(0.5), exact=Ratio(1, 2), example=x.detach(), engine=engine)
-        output = model(x)
-        results.append([output, *torch.autograd.grad(output.square().sum(), [x, *model.parameters()])])
-        reversa.restore(model)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_check_finds_no_difference_at_all():
-    report = reversa.check(chain(reversa.Momentum(0.5), functions(80), Ratio(1, 2)), torch.randn(4, 6))
-    assert report.ok
-    states = next(row for row in report.rows if row.what.startswith("states of"))
-    assert set(states.errors.values()) == {0.0}
-
-
-def test_values_are_those_of_the_float_chain():
-    fs, x = functions(512), torch.randn(4, 6)
-    exact = chain(reversa.Momentum(0.9), fs, Ratio(9, 10))(x)
-    expected = chain(reversa.Momentum(0.9), fs, False, reversa.Store())(x)
-    assert (exact - expected).norm() <= 1e-5 * expected.norm()
 
 
 # ---------------------------------------------------------------------- refusals
@@ -362,14 +296,6 @@ def test_a_state_outside_the_range_names_step_value_and_radix(bias, what):
     with pytest.raises(StateError, match=rf"{what}.*64-bit.*below.*Use Ratio\(9, 10, radix=28\)"):
         chain(reversa.Momentum(0.9), fs, Ratio(9, 10))(torch.randn(4, 6))
     chain(reversa.Momentum(0.9), fs, Ratio(9, 10, radix=16))(torch.randn(4, 6))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_reported(value):
-    fs = functions(4)
-    fs[2].register_forward_hook(lambda f, args, output: output + value)
-    with pytest.raises(StateError, match="step 2: what f returned is not finite"):
-        chain(reversa.Momentum(0.9), fs, Ratio(9, 10))(torch.randn(4, 6))
 
 
 def test_it_says_what_it_is():

@@ -84,6 +84,23 @@ def test_depth_512_takes_what_depth_8_takes(f, scheme):
 
 @chains
 @schemes
+@pytest.mark.parametrize("recording", [True, False])
+@pytest.mark.parametrize("engine", [Invert(), Store()], ids=str)
+def test_the_forward_pass_holds_one_state_between_two_steps(f, scheme, recording, engine):
+    """The first state is let go as the others are: in a stored chain, where autograd keeps more, without a graph."""
+    if recording and isinstance(engine, Store):
+        pytest.skip("autograd stores every activation")
+    model, x, held = sequence(f, scheme, 8, engine), torch.ones(INPUTS[f]), []
+    with LiveBytes(exclude=model) as counted, torch.set_grad_enabled(recording):
+        for function in model.functions:
+            function.register_forward_pre_hook(lambda *_: held.append(counted.live / x.nbytes))
+        model(x)
+    state = 1 if isinstance(scheme, RevNet) else 2  # two halves; x and v
+    assert held[2:] == pytest.approx([state] * 6, abs=0.01)
+
+
+@chains
+@schemes
 def test_after_the_forward_pass_at_most_three_states_are_held(f, scheme):
     assert measure(f, scheme, 64, Invert()).held <= 3
 

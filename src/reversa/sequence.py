@@ -5,19 +5,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from reversa.engine import Engine, Invert, _torch
-from reversa.engine.steps import first_tensor, plain_step, with_value
+from reversa.engine.steps import first_tensor, is_recording, plain_step, with_value
 from reversa.engine.watch import AsRecorded, Watch
 from reversa.errors import SettingError, StateError
 from reversa.exact import Arithmetic, ExactScheme, check_exact, run_in, run_with
 from reversa.schemes import Scheme, State
 
 Block = nn.Module | Sequence[nn.Module]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _one_break(
+    method: Callable[Concatenate[ReversibleSequence, P], R],
+) -> Callable[Concatenate[ReversibleSequence, P], R]:
+    """Run by Python as a whole where ``torch.compile`` traces its caller: one graph break, and none inside."""
+    outside = _torch.outside_dynamo(method)
+
+    @wraps(method)
+    def run(self: ReversibleSequence, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_dynamo_compiling() and (self.exact or torch.is_grad_enabled()):
+            return outside(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return run
 
 
 class ReversibleSequence(nn.Module):
@@ -88,6 +106,7 @@ class ReversibleSequence(nn.Module):
             return list(self.blocks)
         return [f for block in self.blocks for f in block]  # type: ignore[attr-defined]
 
+    @_one_break
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The output after the last step.
 
@@ -98,9 +117,12 @@ class ReversibleSequence(nn.Module):
             output in the first place.
         """
         scheme = self.scheme_for(x)
-        state, output = self._run(scheme, scheme.open(x), args, kwargs)
+        if isinstance(scheme, ExactScheme):
+            scheme.way_back = self.engine.inverts and is_recording()
+        state, output = self.engine.run(scheme, self.functions, partial(scheme.open, x), args, kwargs)
         return with_value(output, scheme.close(state))
 
+    @_one_break
     def forward_state(self, state: State, *args: Any, **kwargs: Any) -> State:
         """The state after the last step, from the state before the first.
 
@@ -109,9 +131,9 @@ class ReversibleSequence(nn.Module):
         state = self._checked(state)
         scheme = self.scheme_for(state[0])
         if not isinstance(scheme, ExactScheme):
-            return self._run(scheme, state, args, kwargs)[0]
+            return self.engine.run(scheme, self.functions, lambda: state, args, kwargs)[0]
         fs = self.functions if torch.is_grad_enabled() else [_in_grad_mode(f) for f in self.functions]
-        last, _ = self.engine.run(scheme, fs, scheme.quantized(state), args, kwargs)
+        last, _ = self.engine.run(scheme, fs, partial(scheme.quantized, state), args, kwargs)
         return (*scheme.shown(last, len(self.functions)), *scheme.remainder(state))
 
     def inverse_state(self, state: State, *args: Any, **kwargs: Any) -> State:
@@ -165,11 +187,6 @@ class ReversibleSequence(nn.Module):
         """The scheme in the arithmetic that it runs in."""
         return run_with(self.scheme, self.exact, x)
 
-    def _run(self, scheme: Scheme, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[State, Any]:
-        if torch.compiler.is_dynamo_compiling() and (self.exact or torch.is_grad_enabled()):
-            return _run_outside_dynamo(self, scheme, state, args, kwargs)
-        return self.engine.run(scheme, self.functions, state, args, kwargs)
-
     def _checked(self, state: State) -> State:
         state = state[: self.scheme.num_streams] if self.exact else state
         shapes = [tuple(stream.shape) for stream in state]
@@ -193,9 +210,6 @@ def _in_grad_mode(f: nn.Module) -> Callable[..., Tensor]:
             return first_tensor(f(*args, **kwargs)).detach()
 
     return value
-
-
-_run_outside_dynamo = _torch.outside_dynamo(ReversibleSequence._run)
 
 
 def _block(block: Block, scheme: Scheme, index: int) -> nn.Module:

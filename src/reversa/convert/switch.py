@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from reversa.convert.find import why_no_block, why_no_residual
 from reversa.convert.stage import Place, continued, leave_link, scope
 from reversa.engine import _torch
-from reversa.engine.steps import first_tensor, with_value
+from reversa.engine.steps import first_tensor, is_recording, with_value
 from reversa.errors import BlockError, ConversionError
+from reversa.exact import ExactScheme
 from reversa.schemes import State
 
 PLACE = "_reversa"
@@ -236,6 +237,8 @@ def _step(block: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kw
     call = original.forward if place.compiled is None else _compiled(original, tuple(sorted(place.compiled.items())))
     with continued(place, x) as link:
         scheme = stage.scheme_for(x) if link is None else link.steps.scheme
+        if isinstance(scheme, ExactScheme):
+            scheme.way_back = stage.engine.inverts and is_recording()
         state: State = scheme.open(x) if link is None else (x if link.head is None else link.head, *link.hidden)
         given = state[0]  # what the block sees: in exact arithmetic x in integers
         steps = stage.begin(scheme) if link is None else link.steps

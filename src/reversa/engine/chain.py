@@ -18,7 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from reversa.engine import _torch
-from reversa.engine.conditions import RandomState, deterministic, random_state, same_random_state
+from reversa.engine.conditions import RandomState, random_state, same_random_state
+from reversa.engine.determinism import deterministic
 from reversa.engine.finite import all_finite, is_finite, refuse_not_finite, total
 from reversa.engine.kept import Cursor, KeptState
 from reversa.engine.replay import Evaluation, Extras, Saved, refuse_other_tensors, replaying

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reversa.engine import _torch
-from reversa.schemes import Scheme
 
 RandomState = tuple[Tensor, ...]
 """The state of the CPU's generator, and of the generator of the accelerator that a tensor is on."""
@@ -33,18 +32,6 @@ def restore_random_state(state: RandomState, device: torch.device) -> None:
     torch.default_generator.set_state(state[0])
     for accelerator in state[1:]:
         torch.get_device_module(device).set_rng_state(accelerator, device)
-
-
-def deterministic(scheme: Scheme, device: torch.device) -> AbstractContextManager[None]:
-    """Where bits count, cuDNN takes the same algorithm in both evaluations; it has no choice on other devices."""
-    if not scheme.exact or device.type != "cuda":
-        return nullcontext()
-    return torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled,
-        benchmark=False,
-        deterministic=True,
-        allow_tf32=torch.backends.cudnn.allow_tf32,
-    )
 
 
 Autocast = list[dict[str, Any]]

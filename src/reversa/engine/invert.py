@@ -6,17 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from reversa.engine import _torch
 from reversa.engine.chain import Chain
-from reversa.engine.conditions import deterministic
+from reversa.engine.determinism import deterministic
 from reversa.engine.drift import accept, anchor_interval
 from reversa.engine.policies import Engine
 from reversa.engine.replay import Extras
-from reversa.engine.steps import Function, Steps, is_recording, plain_step
+from reversa.engine.steps import Function, Opening, Steps, is_recording, plain_step
 from reversa.engine.verify import Hashes
 from reversa.errors import SettingError
 from reversa.schemes import Scheme, State
@@ -56,6 +56,8 @@ class Invert(Engine):
     group: int | None = None
     verify: bool = False
 
+    inverts: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.keep < 0:
             raise SettingError(f"Invert needs keep >= 0 steps, got {self.keep}")
@@ -72,9 +74,9 @@ class Invert(Engine):
         return _InvertSteps(scheme, self, length)
 
     def run(
-        self, scheme: Scheme, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, scheme: Scheme, fs: Sequence[Function], opening: Opening, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[State, Any]:
-        return _InvertSteps(scheme, self, len(fs)).run(fs, state, args, kwargs)
+        return _InvertSteps(scheme, self, len(fs)).run(fs, opening, args, kwargs)
 
     def interval(self, scheme: Scheme, length: int | None, dtype: torch.dtype, under: torch.dtype) -> int | None:
         """Steps from one kept state to the next; None where only the last is kept.
@@ -160,10 +162,10 @@ class _InvertSteps(Steps):
         return self.extras
 
     def run(
-        self, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, fs: Sequence[Function], opening: Opening, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[State, Any]:
         """All steps, one directly after another: no backward pass comes in between, so only ends are kept."""
-        output, inverted = None, len(fs) - self.engine.keep
+        state, output, inverted = opening(), None, len(fs) - self.engine.keep
         if is_recording() and not state[0].is_nested and inverted > 0:
             self._look_at(state)
             extras, every = Extras(args, kwargs), self.interval or inverted
@@ -171,11 +173,13 @@ class _InvertSteps(Steps):
                 chain = self._chain(state, first, fs[first])
                 with deterministic(self.scheme, state[0].device):
                     for f in fs[first : min(first + every, inverted)]:
+                        output = None  # what a function returned is let go before the next one runs
                         state, output = chain.step(f, state, extras, f)
                         self.taken += 1
                 chain.reach(state)
                 chain.end()
         for f in fs[self.taken :]:
+            output = None
             state, output = self.step(f, state, args, kwargs)
         return state, output
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from reversa.engine.steps import Function, PlainSteps, Steps, is_recording, plain_step
+from reversa.engine.steps import Function, Opening, PlainSteps, Steps, is_recording, plain_step
 from reversa.engine.watch import AsRecorded, Watch
 from reversa.errors import SettingError
 from reversa.schemes import Scheme, State
@@ -21,6 +21,9 @@ from reversa.schemes import Scheme, State
 
 class Engine(ABC):
     """A policy for what the backward pass needs. It knows no formula."""
+
+    inverts: ClassVar[bool] = False
+    """The backward pass goes back over steps by the scheme's inverse."""
 
     def __repr__(self) -> str:
         """The settings that differ from the defaults."""
@@ -37,12 +40,13 @@ class Engine(ABC):
         """
 
     def run(
-        self, scheme: Scheme, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, scheme: Scheme, fs: Sequence[Function], opening: Opening, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[State, Any]:
         """All steps of a chain with the same extra arguments: the last state, and what the last ``f`` returned."""
         steps = self.begin(scheme, len(fs))
-        output = None
+        state, output = opening(), None
         for f in fs:
+            output = None  # what a function returned is let go before the next one runs
             state, output = steps.step(f, state, args, kwargs)
         steps.end()
         return state, output
@@ -127,12 +131,12 @@ class Recompute(Engine):
         return _RecomputeSteps(scheme)
 
     def run(
-        self, scheme: Scheme, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, scheme: Scheme, fs: Sequence[Function], opening: Opening, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[State, Any]:
         if self.every == 1:
-            return super().run(scheme, fs, state, args, kwargs)
+            return super().run(scheme, fs, opening, args, kwargs)
         steps = _RecomputeSteps(scheme)
-        output = None
+        state, output = opening(), None
         for first in range(0, len(fs), self.every):
             state, output = steps.several(fs[first : first + self.every], state, args, kwargs)
         return state, output
@@ -159,6 +163,7 @@ class _RecomputeSteps(Steps):
             steps, output = PlainSteps(self.scheme), None
             steps.taken = first
             for f in fs:
+                output = None
                 state, output = steps.step(f, state, args, kwargs)
             return state, output
 

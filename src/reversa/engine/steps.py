@@ -15,6 +15,8 @@ from reversa.errors import BlockError
 from reversa.schemes import Scheme, State
 
 Function = Callable[..., Any]
+Opening = Callable[[], State]
+"""Makes the state before the first step. A loop over the steps opens it itself: no frame outside holds it then."""
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 

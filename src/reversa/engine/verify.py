@@ -39,9 +39,8 @@ class Hashes:
         if len(found) != len(self.before[step]) or not all(map(torch.equal, found, self.before[step])):
             raise ReplayError(
                 f"{where}: the state before it was not recovered bit for bit, so it, or a step after it, did not "
-                "compute the same bits twice. Look for operations that are not deterministic (atomic additions, "
-                "torch.backends.cudnn.benchmark, random numbers of its own) or for compiled code in one of two "
-                "evaluations only; torch.use_deterministic_algorithms(True) names the first kind."
+                "compute the same bits twice. Look for random numbers or a state of its own, for compiled code in one "
+                "of two evaluations only, and for kernels of other packages that are not deterministic."
             )
 
 

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch.autograd import forward_ad
 
 _F: Any = torch._C._functorch  # type: ignore[attr-defined]
+
+
+transforms_active = cast(Callable[[], bool], torch._C._are_functorch_transforms_active)  # type: ignore[attr-defined]
 
 
 def maps_or_pushes_forward() -> bool:

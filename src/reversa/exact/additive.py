@@ -89,10 +89,6 @@ class Additive(ExactScheme):
         x, y = self.streams(state, step)
         return row[0] * x + row[1] * y + weight * value
 
-    def close(self, state: State) -> Tensor:
-        self.range.settle()
-        return super().close(state)
-
     def uncover(self, state: State, step: int) -> tuple[Tensor, State]:
         self.range.settle()
         carriers, integers, _ = self.split(state)

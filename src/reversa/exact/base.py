@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reversa.errors import StateError
 from reversa.exact.fixed import real
 from reversa.exact.joined import joined
+from reversa.exact.watch import Range
 from reversa.schemes import Scheme, State
 
 
@@ -33,6 +34,12 @@ class ExactScheme(Scheme):
     """
 
     exact = True
+
+    range: Range
+    """Whether the integers still are what the formula makes of real numbers."""
+
+    way_back: bool = True
+    """Somebody may go back over the steps that follow: what they spill is kept."""
 
     def __init__(self, scheme: Scheme, scales: Sequence[float], dtype: torch.dtype) -> None:
         self.scheme = scheme
@@ -69,7 +76,7 @@ class ExactScheme(Scheme):
         """The state before the first step, from streams of real numbers."""
         if streams[0].dim() == 0 or streams[0].is_nested:
             raise StateError("exact arithmetic needs a dense input of at least one dimension")
-        integers = tuple(self._integer(i, stream.detach()) for i, stream in enumerate(streams))
+        integers = self._integers(streams)
         values = tuple(
             real(integer, 1 / scale, stream.dtype) if self._is_read(i) else nothing(stream)
             for i, (integer, scale, stream) in enumerate(zip(integers, self.scales, streams, strict=True))
@@ -78,6 +85,7 @@ class ExactScheme(Scheme):
         return (*joined(values, unit, *streams), *integers)
 
     def close(self, state: State) -> Tensor:
+        self.range.settle()
         return self.scheme.close(state[: self.num_streams])
 
     def told(self, state: State) -> State:
@@ -89,7 +97,12 @@ class ExactScheme(Scheme):
         return state[:n], state[n : 2 * n], state[2 * n :]
 
     def shown(self, state: State, step: int) -> State:
-        """A state before a step for somebody who reads it: every carrier with its value."""
+        """A state before a step for somebody who reads it: every carrier with its value.
+
+        Raises:
+            StateError: it has left the range of the integers.
+        """
+        self.range.settle()
         carriers, integers, spilled = self.split(state)
         values = self.streams(state, step)
         carriers = tuple(
@@ -101,8 +114,8 @@ class ExactScheme(Scheme):
     def remainder(self, streams: State) -> State:
         """What rounding to integers takes from the first state; nothing where it takes nothing."""
         rest = tuple(
-            stream.detach() - real(self._integer(i, stream.detach()), 1 / scale, stream.dtype)
-            for i, (stream, scale) in enumerate(zip(streams, self.scales, strict=True))
+            stream.detach() - real(integer, 1 / scale, stream.dtype)
+            for stream, integer, scale in zip(streams, self._integers(streams), self.scales, strict=True)
         )
         return rest if any(bool(r.any()) for r in rest) else ()
 
@@ -132,6 +145,21 @@ class ExactScheme(Scheme):
     def resumed(self, x: Tensor, state: State, step: int) -> State:
         _, *rest = self.shown(state, step)[: self.num_streams]
         return self.quantized((x, *rest))
+
+    def _integers(self, streams: State) -> State:
+        """The first state as integers."""
+        first, *others = (stream.detach() for stream in streams)
+        integer = self._integer(0, first)
+        return (integer, *(self._beside(integer, i, stream) for i, stream in enumerate(others, 1)))
+
+    def _beside(self, first: Tensor, i: int, stream: Tensor) -> Tensor:
+        """Another stream's integers. Where it is expanded, as a velocity at rest is, they are laid out as the first's:
+        residual functions return values in that layout, and a sum over one layout is made in place.
+        """
+        if 0 not in stream.stride():
+            return self._integer(i, stream)
+        stored = stream[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in stream.stride())]
+        return torch.empty_like(first).copy_(self._integer(i, stored))
 
     @abstractmethod
     def streams(self, state: State, step: int) -> State:

@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from reversa.exact._torch import transforms_active
+
 Weights = tuple[tuple[float, ...], ...]
 """A linear map: for each output, the weight of each input."""
 
@@ -18,25 +20,44 @@ class _Joined(torch.autograd.Function):
     """Rounding has no derivative; the gradient is that of the same sum of real numbers."""
 
     @staticmethod
+    def forward(ctx: Any, values: tuple[Tensor, ...], weights: Weights, *inputs: Tensor) -> tuple[Tensor, ...]:
+        _keep(ctx, weights)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return _gradients(ctx, grads)
+
+
+class _JoinedInTransform(torch.autograd.Function):
+    """The same in the form that ``torch.func`` needs, and that takes PyTorch 100 us more to call."""
+
+    @staticmethod
     def forward(values: tuple[Tensor, ...], weights: Weights, *inputs: Tensor) -> tuple[Tensor, ...]:
         return values
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.weights = inputs[1]
-        ctx.set_materialize_grads(False)
+        _keep(ctx, inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        sums: dict[tuple[int, ...], Tensor] = {}
-        columns = zip(*ctx.weights, strict=True)
-        wanted = ctx.needs_input_grad[2:]
-        inputs = [
-            _gradient(column, grads, sums) if need else None for column, need in zip(columns, wanted, strict=True)
-        ]
-        if inputs[-1] is None and wanted[-1]:  # Momentum(gamma=1) ignores f, whose gradients are 0 and not missing
-            inputs[-1] = next((torch.zeros_like(g) for g in grads if g is not None), None)
-        return None, None, *inputs
+        return _gradients(ctx, grads)
+
+
+def _keep(ctx: Any, weights: Weights) -> None:
+    ctx.weights = weights
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    sums: dict[tuple[int, ...], Tensor] = {}
+    columns = zip(*ctx.weights, strict=True)
+    wanted = ctx.needs_input_grad[2:]
+    inputs = [_gradient(column, grads, sums) if need else None for column, need in zip(columns, wanted, strict=True)]
+    if inputs[-1] is None and wanted[-1]:  # Momentum(gamma=1) ignores f, whose gradients are 0 and not missing
+        inputs[-1] = next((torch.zeros_like(g) for g in grads if g is not None), None)
+    return None, None, *inputs
 
 
 def _gradient(
@@ -62,4 +83,5 @@ def _gradient(
 
 def joined(values: tuple[Tensor, ...], weights: Weights, *inputs: Tensor) -> tuple[Tensor, ...]:
     """The values as they are, for autograd the sums ``weights @ inputs``."""
-    return cast(tuple[Tensor, ...], _Joined.apply(values, weights, *inputs))
+    function = _JoinedInTransform if transforms_active() else _Joined
+    return cast(tuple[Tensor, ...], function.apply(values, weights, *inputs))

@@ -69,7 +69,8 @@ class IntegratingFactor(ExactScheme):
         (x, v), (X, V), words = self.split(state)
         before, f = (X, V), value.detach()
         for _ in range(self._new_words(step)):
-            words = (*words, V.to(torch.uint8))
+            if self.way_back:
+                words = (*words, V.to(torch.uint8))
             V = V >> WORD_BITS
         X, V, new = self._advanced(X, V, f, self._push(step), self._move(step), 1 / self.scales[0])
         if self.fixed.watch:
@@ -77,10 +78,6 @@ class IntegratingFactor(ExactScheme):
             self.range.see(step, self.form, self._limits(step), before, after, f, stream)
         x, v = joined((new, nothing(new)), self._rows, x, v, value)
         return x, v, X, V, *words
-
-    def close(self, state: State) -> Tensor:
-        self.range.settle()
-        return super().close(state)
 
     def uncover(self, state: State, step: int) -> tuple[Tensor, State]:
         self.range.settle()
@@ -119,8 +116,6 @@ class IntegratingFactor(ExactScheme):
         return self._factor(step) * self.scales[0] / self.scales[1]
 
     def _integer(self, i: int, stream: Tensor) -> Tensor:
-        if i == 1 and 0 in stream.stride():  # at rest: no need to look at it
-            return torch.zeros_like(stream, dtype=self.dtype, memory_format=torch.contiguous_format)
         if self.fixed.watch:
             fixed = self.fixed
             limit = fixed.limit if i == 0 else 2.0 ** (fixed.bits - 2 - fixed.velocity_fraction)

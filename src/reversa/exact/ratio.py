@@ -16,7 +16,7 @@ from reversa.errors import SettingError, StateError
 from reversa.exact.base import ExactScheme, empty, nothing
 from reversa.exact.fixed import real, wide
 from reversa.exact.joined import joined
-from reversa.exact.watch import refuse_beyond
+from reversa.exact.watch import Linear, Range, refuse_beyond
 from reversa.schemes import Momentum, Scheme, State
 
 BITS = 64
@@ -136,6 +136,10 @@ class InformationBuffer(ExactScheme):
             )
         super().__init__(scheme, (2.0**ratio.radix,) * 2, torch.int64)
         self.ratio = ratio
+        self.form = Linear(((1, scheme.gamma), (0, scheme.gamma)), (1 - scheme.gamma,) * 2)
+        self._rows = tuple((*map(float, row), 1 - scheme.gamma) for row in self.form.matrix)
+        self._limits = (ratio.limit, 2 * ratio.limit, ratio.limit / max(1 - scheme.gamma, 1e-9))
+        self.range = Range(BITS, ("the state x", "the velocity", "what f returned"), (self._remedy(),) * 3)
 
     @property
     def arithmetic(self) -> Ratio:
@@ -164,22 +168,22 @@ class InformationBuffer(ExactScheme):
     def forward(self, state: State, value: Tensor, step: int) -> State:
         (x, v), (X, V), (buffer, *words) = self.split(state)
         if self._spills(step):
-            words.append(buffer.to(torch.int32))  # the low 32 bits
+            if self.way_back:
+                words.append(buffer.to(torch.int32))  # the low 32 bits
             buffer = buffer >> WORD_BITS
+        before, f = (X, V), value.detach()
         V, buffer = _multiplied(V, buffer, self.ratio.n, self.ratio.d)
-        V = V.add_(self._increment(value.detach()))
+        V = V.add_(self._increment(f))
         X = X + V
         new = self._real(X, x.dtype)
         if self.ratio.watch:
-            most = self.ratio.limit / max(1 - self.scheme.gamma, 1e-9)
-            self._refuse_beyond("what f returned", value.detach(), most, step)
-            self._refuse_beyond("the state x", new, self.ratio.limit, step)
-        gamma = self.scheme.gamma
-        row = (gamma, 1 - gamma)
-        x, v = joined((new, nothing(new)), ((1.0, *row), (0.0, *row)), x, v, value)
+            after = X, V
+            self.range.see(step, self.form, self._limits, before, after, f, lambda i: self._real(after[i], f.dtype))
+        x, v = joined((new, nothing(new)), self._rows, x, v, value)
         return x, v, X, V, buffer, *words
 
     def uncover(self, state: State, step: int) -> tuple[Tensor, State]:
+        self.range.settle()
         (x, _), (X, V), spilled = self.split(state)
         X = X - V
         return self._real(X, x.dtype), (X, V, *spilled)
@@ -218,19 +222,16 @@ class InformationBuffer(ExactScheme):
         return real(integer, 1 / self.scales[0], dtype)
 
     def _integer(self, i: int, stream: Tensor) -> Tensor:
-        if i == 1 and 0 in stream.stride():  # at rest: no need to look at it
-            return torch.zeros_like(stream, dtype=torch.int64, memory_format=torch.contiguous_format)
         if self.ratio.watch:
-            self._refuse_beyond(("the input", "the first velocity")[i], stream, self.ratio.limit, 0)
+            refuse_beyond(("the input", "the first velocity")[i], stream, self.ratio.limit, 0, BITS, self._remedy())
         return self._rounded(stream, self.scales[i])
 
     def _is_read(self, i: int) -> bool:
         return i == 0
 
-    def _refuse_beyond(self, what: str, x: Tensor, limit: float, step: int) -> None:
+    def _remedy(self) -> str:
         ratio = self.ratio
-        remedy = f"Use Ratio({ratio.n}, {ratio.d}, radix={max(1, ratio.radix - 4)}), which holds 16 times as much."
-        refuse_beyond(what, x, limit, step, BITS, remedy)
+        return f"Use Ratio({ratio.n}, {ratio.d}, radix={max(1, ratio.radix - 4)}), which holds 16 times as much."
 
 
 def _multiplied(V: Tensor, buffer: Tensor, n: int, d: int) -> tuple[Tensor, Tensor]:
