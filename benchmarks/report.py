@@ -66,8 +66,13 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    """The commit, and whether code that runs here differs from it; result files of other benchmarks do not count."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "../src", "*.py")
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 def processor(device: str) -> str:
