@@ -15,7 +15,7 @@ import reversa
 from cases import chain, input_for
 from exact_cases import assert_bit_equal, step
 from reversa.errors import StateError
-from reversa.exact import FixedPoint, kernels
+from reversa.exact import FixedPoint, compiled, kernels
 from reversa.exact.watch import Linear, Range
 
 TYPES = {64: torch.int64, 32: torch.int32}
@@ -63,14 +63,14 @@ def test_what_was_added_is_taken_away(bits, dtype):
     assert all(torch.equal(now, then) for now, then in zip((X, V, f), given, strict=True))
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_layout_is_the_integers(compiled):
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_layout_is_the_integers(compile):
     """Whatever a function returns: it is given the same layout, so the same bits, both times."""
     V, X = (integers(64, 120 + i)[:120].reshape(2, 3, 4, 5) for i in range(2))
     f = torch.randn(2, 5, 3, 4).permute(0, 2, 3, 1)
-    X1, V1, x = kernels.kernel(kernels.advanced, compiled)(X, V, f, 3.7e5, 0.37, 1e-6)
-    back, x0 = kernels.kernel(kernels.retreated, compiled)(X1, V1, 0.37, 1e-6, f.dtype)
-    start = kernels.kernel(kernels.decreased, compiled)(V1, f, 3.7e5)
+    X1, V1, x = compiled.kernel(kernels.advanced, compile)(X, V, f, 3.7e5, 0.37, 1e-6)
+    back, x0 = compiled.kernel(kernels.retreated, compile)(X1, V1, 0.37, 1e-6, f.dtype)
+    start = compiled.kernel(kernels.decreased, compile)(V1, f, 3.7e5)
     assert {t.stride() for t in (X1, V1, x, back, x0, start)} == {X.stride()}
     assert torch.equal(back, X)
     assert torch.equal(start, V)
@@ -95,6 +95,13 @@ def test_compiled_has_the_bits_of_eager(scheme, bits):
 
 
 @pytest.mark.slow
+def test_inside_a_transform_kernels_are_eager():
+    x = torch.randn(5, 16)
+    of = {c: torch.func.grad(lambda x, c=c: sequence(FixedPoint(compile=c))(x).sin().sum())(x) for c in (True, False)}
+    assert torch.equal(of[True], of[False])
+
+
+@pytest.mark.slow
 def test_forward_compiled_and_back_in_eager():
     state = torch.randn(5, 16), torch.randn(5, 16)
     last = sequence(FixedPoint(compile=True), depth=100).forward_state(state)
@@ -105,22 +112,38 @@ def test_forward_compiled_and_back_in_eager():
 
 
 @pytest.mark.slow
-def test_512_steps_are_a_handful_of_graphs():
-    import torch._dynamo
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
+def test_512_steps_are_a_handful_of_graphs(monkeypatch):
+    monkeypatch.setattr(compiled, "_COMPILED", {})
     step(sequence(FixedPoint(compile=True), depth=512, width=4), torch.randn(3, 4), reversa.Invert())
-    assert 0 < counters["stats"]["unique_graphs"] <= 6
+    graphs = [len(kernel.graphs) for kernel in compiled._COMPILED.values()]
+    assert len(graphs) == 3
+    assert max(graphs) <= 2  # the velocity at rest has a layout of its own
+
+
+@pytest.mark.slow
+def test_shapes_that_change_all_the_time_share_a_graph(monkeypatch):
+    monkeypatch.setattr(compiled, "_COMPILED", {})
+    monkeypatch.setattr(compiled, "SHAPES", 2)
+    compiling, asked = torch.compile, []
+    monkeypatch.setattr(
+        torch, "compile", lambda *given, **settings: asked.append(given) or compiling(*given, **settings)
+    )
+    seq = sequence(FixedPoint(compile=True), depth=4)
+    for batch in range(2, 7):
+        x = torch.randn(batch, 16, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*could not be compiled")
+            got = step(seq, x, reversa.Invert())
+        assert_bit_equal(got, step(sequence(FixedPoint(), depth=4), x, reversa.Store()))
+    assert len(asked) == 3  # once for each kernel
 
 
 def test_where_compilation_fails_eager_has_the_same_bits(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler here\nand more")
 
-    monkeypatch.setattr(torch, "compile", lambda function: broken)
-    monkeypatch.setattr(kernels, "_COMPILED", {})
+    monkeypatch.setattr(compiled, "compile_graph", broken)
+    monkeypatch.setattr(compiled, "_COMPILED", {})
     seq, x = sequence(FixedPoint(compile=True)), torch.randn(5, 16, requires_grad=True)
     with pytest.warns(UserWarning, match="could not be compiled.*RuntimeError: no compiler here$") as caught:
         got = step(seq, x, reversa.Invert())

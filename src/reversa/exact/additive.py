@@ -9,9 +9,10 @@ from torch import Tensor
 
 from reversa.errors import SettingError
 from reversa.exact.base import ExactScheme, empty
+from reversa.exact.compiled import kernel
 from reversa.exact.fixed import FixedPoint
 from reversa.exact.joined import joined
-from reversa.exact.kernels import combined, decreased, kernel, moved, real, separated
+from reversa.exact.kernels import combined, decreased, moved, real, separated
 from reversa.exact.watch import Linear, Range, refuse_beyond
 from reversa.schemes import Scheme, State
 
@@ -71,8 +72,9 @@ class Additive(ExactScheme):
     def forward(self, state: State, value: Tensor, step: int) -> State:
         carriers, integers, _ = self.split(state)
         form, f = self._form(step), value.detach()
+        X, Y = integers
         made = {
-            i: self._moved(integers, form.matrix[i], f, form.linear.weights[i] * self.scales[i], 1 / self.scales[i])
+            i: self._moved(X, Y, form.matrix[i], f, form.linear.weights[i] * self.scales[i], 1 / self.scales[i])
             for i in form.moved
         }
         new = tuple(made[i][0] if i in made else combined(integers, form.matrix[i]) for i in range(2))
@@ -92,9 +94,9 @@ class Additive(ExactScheme):
     def uncover(self, state: State, step: int) -> tuple[Tensor, State]:
         self.range.settle()
         carriers, integers, _ = self.split(state)
-        form = self._form(step)
+        form, (X, Y) = self._form(step), integers
         unit = 1 / self.scales[form.argument]
-        return self._separated(integers, form.back[form.argument], unit, carriers[0].dtype), integers
+        return self._separated(X, Y, form.back[form.argument], unit, carriers[0].dtype), integers
 
     def inverse(self, argument: Tensor, rest: State, value: Tensor, step: int) -> State:
         form, f = self._form(step), value.detach()

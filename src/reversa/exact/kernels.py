@@ -1,22 +1,15 @@
 """The elementwise arithmetic of exact steps: few passes over memory, and on request compiled into one.
 
 Every product is rounded to an integer before anything is added to it. So no compiler can contract a product and a sum,
-and compiled and eager code give the same bits.
+and compiled and eager code give the same bits. Arguments are tensors, numbers and what a dictionary takes as a key.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, Generic, ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def wide(x: Tensor) -> Tensor:
@@ -87,58 +80,13 @@ def combined(integers: Sequence[Tensor], row: Sequence[int]) -> Tensor:
 
 
 def moved(
-    integers: Sequence[Tensor], row: Sequence[int], value: Tensor, push: Tensor | float, unit: Tensor | float
+    X: Tensor, Y: Tensor, row: Sequence[int], value: Tensor, push: Tensor | float, unit: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """``row @ integers + round(value * push)``, and this times ``unit`` as real numbers."""
-    integer = increased(combined(integers, row), value, push)
+    """``row @ (X, Y) + round(value * push)``, and this times ``unit`` as real numbers."""
+    integer = increased(combined((X, Y), row), value, push)
     return integer, real(integer, unit, value.dtype)
 
 
-def separated(integers: Sequence[Tensor], row: Sequence[int], unit: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """``row @ integers`` times ``unit``, as real numbers."""
-    return real(combined(integers, row), unit, dtype)
-
-
-@lru_cache(1 << 14)
-def _tensor(number: float) -> Tensor:
-    """Scales come back in every training step, and making a tensor takes as long as using it."""
-    with torch.inference_mode(False):
-        return torch.tensor(number, dtype=torch.float64)
-
-
-class Compiled(Generic[P, R]):
-    """A function of tensors and numbers, compiled at its first call; where that fails it is run as it is."""
-
-    def __init__(self, function: Callable[P, R]) -> None:
-        self.function = function
-        self.compiled: Callable[..., R] | None = None
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self.compiled is self.function or any(isinstance(a, FakeTensor) for a in args):
-            return self.function(*args, **kwargs)
-        try:
-            if self.compiled is None:
-                self.compiled = torch.compile(self.function)
-            # A number would be a constant of the graph, and scales differ from step to step.
-            return self.compiled(*[_tensor(a) if isinstance(a, float) else a for a in args], **kwargs)
-        except Exception as error:
-            self.compiled = self.function
-            reason = (str(error).strip().splitlines() or [""])[0]
-            warnings.warn(
-                f"FixedPoint(compile=True): {getattr(self.function, '__name__', 'a kernel')} could not be compiled and "
-                f"runs in eager mode, with the same bits. {type(error).__name__}: {reason}",
-                stacklevel=2,
-            )
-            return self.function(*args, **kwargs)
-
-
-_COMPILED: dict[Any, Any] = {}
-
-
-def kernel(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
-    """The function, or the one compiled form of it that all chains share."""
-    if not compiled:
-        return function
-    if function not in _COMPILED:
-        _COMPILED[function] = Compiled(function)
-    return _COMPILED[function]
+def separated(X: Tensor, Y: Tensor, row: Sequence[int], unit: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """``row @ (X, Y)`` times ``unit``, as real numbers."""
+    return real(combined((X, Y), row), unit, dtype)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from reversa.errors import SettingError
 from reversa.exact.base import ExactScheme, empty, nothing
+from reversa.exact.compiled import kernel
 from reversa.exact.fixed import FixedPoint
 from reversa.exact.joined import joined
-from reversa.exact.kernels import advanced, decreased, kernel, real, retreated
+from reversa.exact.kernels import advanced, decreased, real, retreated
 from reversa.exact.watch import Linear, Range, refuse_beyond
 from reversa.schemes import Momentum, State
 
