@@ -19,9 +19,7 @@ def wide(x: Tensor) -> Tensor:
 
 def floating(integer: Tensor, dtype: torch.dtype) -> Tensor:
     """Integers as floating numbers, fresh ones, in which a state of that type is computed."""
-    # PyTorch's CPU kernels convert int64 to float64 twice as fast as to float32.
-    fast = integer.dtype == torch.int64 and integer.device.type == "cpu"
-    return integer.double() if fast or dtype == torch.float64 else integer.float()
+    return integer.double() if dtype == torch.float64 else integer.float()
 
 
 def real(integer: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
