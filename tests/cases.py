@@ -73,6 +73,10 @@ CASES: dict[str, Case] = {
     "momentum-0.99": Case(reversa.Momentum(0.99), partial(oracle.momentum, gamma=0.99)),
     "revnet": Case(reversa.RevNet(), oracle.revnet),
     "additive": Case(reversa.AdditiveCoupling(), oracle.additive),
+    "hamiltonian": Case(reversa.Hamiltonian(), oracle.hamiltonian),
+    "midpoint": Case(reversa.Midpoint(), oracle.midpoint),
+    "leapfrog": Case(reversa.Leapfrog(), oracle.leapfrog),
+    "irevnet": Case(reversa.IRevNet(), oracle.irevnet),
 }
 
 ENGINES: dict[str, Engine] = {

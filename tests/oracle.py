@@ -58,6 +58,50 @@ def additive(fs: Sequence[Rule], x: Tensor, *args: Any, dim: int = 1, **kw: Any)
     return rejoin(output, torch.cat([x1, x2], dim))
 
 
+def hamiltonian(fs: Sequence[Rule], x: Tensor, *args: Any, h: float = 0.1, dim: int = 1, **kw: Any) -> Any:
+    """Chang et al. 2018, eq. 11: y' = y + h F(z), z' = z - h G(y')."""
+    y, z = x.chunk(2, dim)
+    output = None
+    for big_f, big_g in zip(fs[::2], fs[1::2], strict=True):
+        y = y + h * carried(big_f(z, *args, **kw), x)
+        output = big_g(y, *args, **kw)
+        z = z - h * carried(output, x)
+    return rejoin(output, torch.cat([y, z], dim))
+
+
+def midpoint(fs: Sequence[Rule], x: Tensor, *args: Any, h: float = 0.1, init: str = "euler", **kw: Any) -> Any:
+    """Chang et al. 2018: y[j+1] = y[j-1] + 2 h f(y[j]), after one Euler step, or from y[-1] = 0."""
+    ys = [x] if init == "euler" else [torch.zeros_like(x), x]
+    output = None
+    for f in fs:
+        output = f(ys[-1], *args, **kw)
+        value = carried(output, x)
+        ys.append(x + h * value if len(ys) == 1 else ys[-2] + 2 * h * value)
+    return rejoin(output, ys[-1])
+
+
+def leapfrog(fs: Sequence[Rule], x: Tensor, *args: Any, h: float = 0.1, init: str = "rest", **kw: Any) -> Any:
+    """Chang et al. 2018: y[j+1] = 2 y[j] - y[j-1] - h^2 f(y[j]), from y[-1] = y[0] or 0, or after an Euler step."""
+    ys = [torch.zeros_like(x) if init == "zero" else x, x]
+    output = None
+    for f in fs:
+        output = f(ys[-1], *args, **kw)
+        value = carried(output, x)
+        euler = init == "euler" and len(ys) == 2
+        ys.append(x - h * value if euler else 2 * ys[-1] - ys[-2] - h**2 * value)
+    return rejoin(output, ys[-1])
+
+
+def irevnet(fs: Sequence[Rule], x: Tensor, *args: Any, dim: int = 1, **kw: Any) -> Any:
+    """Jacobsen et al. 2018, without its downsampling: y1 = x2, y2 = x1 + F(x2)."""
+    x1, x2 = x.chunk(2, dim)
+    output = None
+    for f in fs:
+        output = f(x2, *args, **kw)
+        x1, x2 = x2, x1 + carried(output, x)
+    return rejoin(output, torch.cat([x1, x2], dim))
+
+
 class Plain(nn.Module):
     """A rule over the functions of a ``ReversibleSequence``, under the same parameter names."""
 

@@ -30,7 +30,11 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 PUBLIC = {
     "AdditiveCoupling",
     "CheckReport",
+    "Hamiltonian",
+    "IRevNet",
     "Invert",
+    "Leapfrog",
+    "Midpoint",
     "Momentum",
     "Offload",
     "Recompute",

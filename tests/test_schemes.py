@@ -14,9 +14,9 @@ from torch import nn
 
 import oracle
 import reversa
-from cases import CASES, Case, error, mlp
+from cases import CASES, Case, assert_same, error, mlp, step
 from reversa.errors import SettingError, StateError
-from reversa.schemes import SCHEMES, Momentum, Scheme, round_trip, run, run_back, scheme_named
+from reversa.schemes import SCHEMES, Leapfrog, Midpoint, Momentum, Scheme, round_trip, run, run_back, scheme_named
 
 every = pytest.mark.parametrize("name", CASES)
 
@@ -128,9 +128,18 @@ def test_declarations(cls):
 
 
 @pytest.mark.parametrize(
-    ("name", "functions", "lossless"), [("momentum", 1, False), ("revnet", 2, True), ("additive", 1, True)]
+    ("name", "functions", "lossless"),
+    [
+        ("momentum", 1, False),
+        ("revnet", 2, True),
+        ("additive", 1, True),
+        ("hamiltonian", 2, True),
+        ("midpoint", 1, True),
+        ("leapfrog", 1, True),
+        ("irevnet", 1, True),
+    ],
 )
-def test_what_the_first_families_declare(name, functions, lossless):
+def test_what_families_declare(name, functions, lossless):
     scheme = SCHEMES[name]()
     assert (scheme.functions_per_block, scheme.lossless) == (functions, lossless)
     assert Momentum(1.0).lossless
@@ -189,10 +198,56 @@ def test_a_learned_first_velocity():
         Momentum(0.9, init="random")
 
 
+# ---------------------------------------------------------------------- first steps
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rule"),
+    [(Midpoint(0.3, init), partial(oracle.midpoint, h=0.3, init=init)) for init in ("euler", "zero")]
+    + [(Leapfrog(0.3, init), partial(oracle.leapfrog, h=0.3, init=init)) for init in ("rest", "zero", "euler")],
+    ids=lambda case: str(case) if isinstance(case, Scheme) else "",
+)
+def test_every_first_step(scheme, rule):
+    case, fs = Case(scheme, rule), functions(12)
+    x = case.input(4, 6)
+    assert error(case.sequence(fs)(x), rule(fs, x)) < 1e-13
+    assert round_trip(scheme, fs, scheme.open(x.detach())) < 1e-12
+    assert_same(step(case.with_engine(None), fs, x), step(rule, fs, x), 1e-11)
+
+
+@pytest.mark.parametrize("kind", [reversa.Hamiltonian, Midpoint, Leapfrog])
+def test_step_sizes_that_are_none(kind):
+    for h in (0, -1.0, float("nan"), float("inf"), "0.1"):
+        with pytest.raises(SettingError, match="step size h must be a positive number"):
+            kind(h)
+
+
+def test_first_steps_that_nobody_knows():
+    with pytest.raises(SettingError, match="'euler' or 'zero', got 'rest'"):
+        Midpoint(0.1, init="rest")
+    with pytest.raises(SettingError, match="'rest', 'zero' or 'euler', got 'none'"):
+        Leapfrog(0.1, init="none")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "f"), [(reversa.Hamiltonian(0.5), 1.0), (Midpoint(0.5), None), (Leapfrog(0.5), 2.0)]
+)
+def test_linear_stability_is_as_declared(scheme, f):
+    """Inside the region that the docstring names, ten thousand linear steps stay bounded; outside they do not."""
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)  # eigenvalues i and -i
+    x = torch.randn(1, 4 if f == 1.0 else 2, dtype=torch.float64)
+    for size, bounded in ((0.9, True), (4.5, False)):
+        fs = [(lambda y, s=size: s * y @ turn.T) if f is None else (lambda y, s=size: s * f * y)] * 10_000
+        if isinstance(scheme, Leapfrog) and not bounded:
+            fs = [lambda y: -y] * 10_000
+        last = run(scheme, fs, scheme.open(x))[0].abs().max()
+        assert bool(last < 100 * x.abs().max()) == bounded
+
+
 # ---------------------------------------------------------------------- couplings
 
 
-@pytest.mark.parametrize("name", ["revnet", "additive"])
+@pytest.mark.parametrize("name", ["revnet", "additive", "hamiltonian", "irevnet"])
 def test_odd_and_missing_dimensions(name):
     with pytest.raises(StateError, match=r"two equal streams.*\(2, 5\).*odd"):
         SCHEMES[name]().open(torch.randn(2, 5))
@@ -200,7 +255,7 @@ def test_odd_and_missing_dimensions(name):
         SCHEMES[name](dim=3).open(torch.randn(2, 4))
 
 
-@pytest.mark.parametrize("name", ["revnet", "additive"])
+@pytest.mark.parametrize("name", ["revnet", "additive", "hamiltonian", "irevnet"])
 def test_couplings_preserve_volume(name):
     fs = functions(4, width=2)
     x = torch.randn(1, 4, dtype=torch.float64)
@@ -210,8 +265,8 @@ def test_couplings_preserve_volume(name):
 
 def test_names():
     assert scheme_named("momentum") is Momentum
-    with pytest.raises(SettingError, match=r"unknown scheme 'revnett'\. Did you mean: revnet\?"):
-        scheme_named("revnett")
+    with pytest.raises(SettingError, match=r"unknown scheme 'momentun'\. Did you mean: momentum"):
+        scheme_named("momentun")
     with pytest.raises(SettingError, match=r"Known: .*momentum"):
         scheme_named("qqq")
 

@@ -5,7 +5,7 @@ from reversa.check import CheckReport, check
 from reversa.convert import convert, explain, restore
 from reversa.engine import Invert, Offload, Recompute, Store, is_replaying
 from reversa.errors import ReversaError
-from reversa.schemes import AdditiveCoupling, Momentum, RevNet
+from reversa.schemes import AdditiveCoupling, Hamiltonian, IRevNet, Leapfrog, Midpoint, Momentum, RevNet
 from reversa.sequence import ReversibleSequence
 
 __version__ = "0.1.0"
@@ -13,7 +13,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AdditiveCoupling",
     "CheckReport",
+    "Hamiltonian",
+    "IRevNet",
     "Invert",
+    "Leapfrog",
+    "Midpoint",
     "Momentum",
     "Offload",
     "Recompute",

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from reversa.errors import SettingError, nearest
 from reversa.schemes.base import Scheme, State, round_trip, run, run_back
-from reversa.schemes.coupling import AdditiveCoupling, RevNet
+from reversa.schemes.coupling import AdditiveCoupling, Hamiltonian, RevNet
+from reversa.schemes.leapfrog import Leapfrog
 from reversa.schemes.momentum import Momentum
+from reversa.schemes.registers import IRevNet, Midpoint
 
 # Read by the tests, the docs, the command line and the planner: a new scheme is one file and one line here.
 SCHEMES: dict[str, type[Scheme]] = {
     "momentum": Momentum,
     "revnet": RevNet,
     "additive": AdditiveCoupling,
+    "hamiltonian": Hamiltonian,
+    "midpoint": Midpoint,
+    "leapfrog": Leapfrog,
+    "irevnet": IRevNet,
 }
 
 
@@ -32,6 +38,10 @@ def scheme_named(name: str) -> type[Scheme]:
 __all__ = [
     "SCHEMES",
     "AdditiveCoupling",
+    "Hamiltonian",
+    "IRevNet",
+    "Leapfrog",
+    "Midpoint",
     "Momentum",
     "RevNet",
     "Scheme",

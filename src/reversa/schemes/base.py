@@ -15,7 +15,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias
 
+import torch
 from torch import Tensor, nn
+
+from reversa.errors import SettingError, StateError
 
 State: TypeAlias = tuple[Tensor, ...]
 Residual: TypeAlias = Callable[[Tensor], Tensor]
@@ -112,6 +115,55 @@ class Scheme(ABC):
     @abstractmethod
     def inverse(self, argument: Tensor, rest: State, value: Tensor, step: int) -> State:
         """The state before the step, from :meth:`uncover`'s result and the value of ``f`` there."""
+
+
+def added(stream: Tensor, value: Tensor, weight: float) -> Tensor:
+    """``stream + weight * value`` in one kernel; as plain sums for numbers, of which exact arithmetic makes formulas,
+    and for nested tensors.
+    """
+    if weight == 1:
+        return stream + value
+    if isinstance(stream, Tensor) and not stream.is_nested:  # pyright: ignore[reportUnnecessaryIsInstance]
+        return torch.add(stream, value, alpha=weight)
+    return stream + weight * value
+
+
+def halves(x: Tensor, dim: int, name: str) -> State:
+    """The two halves of x along a dimension.
+
+    They are copies, so that a stream has the same layout before its first step and ever after: compiled code relies on
+    it.
+
+    Raises:
+        StateError: x has no such dimension, or its size is odd.
+    """
+    if not -x.dim() <= dim < x.dim():
+        raise StateError(
+            f"{name}(dim={dim}) splits x along a dimension that it does not have: x has shape {tuple(x.shape)}. "
+            "Choose another dim."
+        )
+    if x.shape[dim] % 2:
+        raise StateError(
+            f"{name}(dim={dim}) splits x into two equal streams, but dimension {dim} of {tuple(x.shape)} is odd. "
+            "Choose an even width, or another dim."
+        )
+    one, two = x.chunk(2, dim)
+    return one.clone(), two.clone()
+
+
+def at_rest(x: Tensor) -> Tensor:
+    """A stream of zeros like x, seen through strides of 0: it takes no memory before the first step."""
+    return torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
+
+
+def check_step_size(h: float) -> None:
+    """Refuse a step size that is not a positive number.
+
+    Raises:
+        SettingError: it is not.
+    """
+    if not (isinstance(h, (int, float)) and 0 < h < math.inf):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SettingError(f"the step size h must be a positive number, got {h!r}. Deep networks want 0.1 or less.")
 
 
 def run(scheme: Scheme, residuals: Sequence[Residual], state: State) -> State:

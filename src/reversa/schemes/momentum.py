@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reversa.errors import SettingError, StateError
-from reversa.schemes.base import Scheme, State
+from reversa.schemes.base import Scheme, State, at_rest
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ class Momentum(Scheme):
                     "Change its last layer."
                 )
             return x, v
-        # One zero seen through strides of 0: a velocity that takes no memory before the first step.
-        return x, torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
+        return x, at_rest(x)
 
     def close(self, state: State) -> Tensor:
         return state[0]

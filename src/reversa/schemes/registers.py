@@ -1,0 +1,132 @@
+"""Two registers: the newest state and the one before it. Midpoint, and the step of i-RevNet."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from reversa.errors import SettingError
+from reversa.schemes.base import Scheme, State, added, at_rest, check_step_size, halves
+
+
+class Registers(Scheme):
+    r"""A step that goes from the last two states to the next.
+
+    .. math:: c' = p + w f(c), \qquad p' = c
+
+    Inverse: :math:`c = p'`, then :math:`p = c' - w f(c)`. State ``(c, p)``, the newest first. No bits are lost.
+    """
+
+    @abstractmethod
+    def weight(self, step: int) -> float:
+        """W of a step."""
+
+    def argument(self, state: State, step: int) -> Tensor:
+        return state[0]
+
+    def forward(self, state: State, value: Tensor, step: int) -> State:
+        c, p = state
+        return added(p, value, self.weight(step)), c
+
+    def uncover(self, state: State, step: int) -> tuple[Tensor, State]:
+        new, c = state
+        return c, (new,)
+
+    def inverse(self, argument: Tensor, rest: State, value: Tensor, step: int) -> State:
+        return argument, added(rest[0], value, -self.weight(step))
+
+
+@dataclass(frozen=True)
+class Midpoint(Registers):
+    r"""The explicit midpoint rule: every second state is moved by what the state between them says.
+
+    .. math:: y_{j+1} = y_{j-1} + 2 h f_j(y_j)
+
+    Inverse: :math:`y_{j-1} = y_{j+1} - 2 h f_j(y_j)`. State ``(y_j, y_{j-1})``; the output is the last y. No bits are
+    lost.
+
+    The first step has no state before it. ``"euler"`` makes it :math:`y_1 = y_0 + h f_0(y_0)`; ``"zero"`` is what the
+    paper displays, :math:`y_1 = 2 h f_0(y_0)`, which forgets the input but for what f says of it.
+
+    Linear stability: for imaginary :math:`f = \lambda` with :math:`|h \lambda| \le 1`, which
+    is what the antisymmetric field :math:`f(y) = \sigma((K - K^\top) y + b)` of the paper is made for
+    (:class:`reversa.models.functions.Antisymmetric`); anywhere else one solution grows, and rounding errors with it.
+
+    Args:
+        h: the step size.
+        init: the first step: ``"euler"`` or ``"zero"``.
+
+    Raises:
+        SettingError: h is not a positive number, or another init.
+
+    Source: Chang et al., AAAI 2018, arXiv:1709.03698, where neither first step is derived.
+
+    >>> import torch
+    >>> scheme = Midpoint(h=0.5)
+    >>> state = scheme.forward(scheme.open(torch.zeros(3)), torch.ones(3), step=0)
+    >>> scheme.forward(state, torch.ones(3), step=1)
+    (tensor([1., 1., 1.]), tensor([0.5000, 0.5000, 0.5000]))
+    """
+
+    h: float = 0.1
+    init: Literal["euler", "zero"] = "euler"
+
+    source: ClassVar[str] = "Chang et al., 2018, arXiv:1709.03698"
+    carries_input: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_step_size(self.h)
+        if self.init not in ("euler", "zero"):
+            raise SettingError(f"Midpoint's init must be 'euler' or 'zero', got {self.init!r}")
+
+    def weight(self, step: int) -> float:
+        return self.h if step == 0 and self.init == "euler" else 2 * self.h
+
+    def open(self, x: Tensor) -> State:
+        return x, x if self.init == "euler" else at_rest(x)
+
+    def close(self, state: State) -> Tensor:
+        return state[0]
+
+
+@dataclass(frozen=True)
+class IRevNet(Registers):
+    r"""The step of i-RevNet: one function, and the streams change places.
+
+    .. math:: y_1 = x_2, \qquad y_2 = x_1 + F(x_2)
+
+    Inverse: :math:`x_2 = y_1`, then :math:`x_1 = y_2 - F(y_1)`. State ``(x2, x1)``, the newest first: the halves of x
+    along ``dim``; the output is the concatenation of x1 and x2. No bits are lost. Linear stability: none but
+    :math:`F = 0`, since the product of a step's eigenvalues is -1.
+
+    Args:
+        dim: the dimension along which x is split; its size must be even.
+
+    Raises:
+        StateError: (in :meth:`open`) x has no such dimension, or its size is odd.
+
+    Source: Jacobsen, Smeulders, Oyallon: i-RevNet: Deep Invertible Networks, ICLR 2018, arXiv:1802.07088.
+
+    >>> import torch
+    >>> scheme = IRevNet()
+    >>> scheme.close(scheme.forward(scheme.open(torch.tensor([[1.0, 2.0]])), torch.ones(1, 1), step=0))
+    tensor([[2., 2.]])
+    """
+
+    dim: int = 1
+
+    source: ClassVar[str] = "Jacobsen et al., 2018, arXiv:1802.07088"
+
+    def weight(self, step: int) -> float:
+        return 1
+
+    def open(self, x: Tensor) -> State:
+        one, two = halves(x, self.dim, "IRevNet")
+        return two, one
+
+    def close(self, state: State) -> Tensor:
+        return torch.cat((state[1], state[0]), self.dim)
