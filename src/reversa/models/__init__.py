@@ -4,16 +4,53 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from reversa.errors import SettingError, nearest
+from reversa.models.hamiltonian import HamiltonianNet, LeapfrogNet, MidpointNet
+from reversa.models.momentum import MomentumResNet
+from reversa.models.resnet import ResNet
+from reversa.models.revnet import RevNet
+from reversa.models.simple import SimpleHamiltonianNet
 from reversa.models.small import ReversibleResNet
+
+_DEEP = (32, 32, 64, 128)
+_IMAGENET: dict[str, Any] = {"narrows": True, "large": True}
+_RESNET = _IMAGENET | {"widths": (64, 64, 128, 256, 512)}
+_REVNET = _IMAGENET | {"widths": (128, 128, 256, 512, 832)}
 
 # Read by the tests, the docs and the command line: a new network is one file and one line here.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "reversibleresnet": ReversibleResNet,
+    "resnet32": ResNet,
+    "resnet110": partial(ResNet, blocks=(18, 18, 18)),
+    "resnet164": partial(ResNet, blocks=(18, 18, 18), narrows=True),
+    "resnet1202": partial(ResNet, blocks=(200, 200, 200)),
+    "resnet50": partial(ResNet, blocks=(3, 4, 6, 3), **_RESNET),
+    "resnet101": partial(ResNet, blocks=(3, 4, 23, 3), **_RESNET),
+    "revnet38": RevNet,
+    "revnet110": partial(RevNet, widths=_DEEP, blocks=(9, 9, 9)),
+    "revnet164": partial(RevNet, widths=_DEEP, blocks=(9, 9, 9), narrows=True),
+    "revnet56": partial(RevNet, blocks=(2, 2, 3, 2), **_REVNET),
+    "revnet104": partial(RevNet, blocks=(2, 2, 11, 2), **_REVNET),
+    "hamiltonian74": HamiltonianNet,
+    "hamiltonian218": partial(HamiltonianNet, widths=_DEEP, blocks=(18, 18, 18)),
+    "hamiltonian1202": partial(HamiltonianNet, widths=_DEEP, blocks=(100, 100, 100), between="batchnorm"),
+    "midpoint26": MidpointNet,
+    "midpoint62": partial(MidpointNet, widths=_DEEP, blocks=(10, 10, 10)),
+    "leapfrog26": LeapfrogNet,
+    "leapfrog62": partial(LeapfrogNet, widths=_DEEP, blocks=(10, 10, 10)),
+    "simplehamiltonian218": SimpleHamiltonianNet,
+    "simplehamiltonian218regularised": partial(SimpleHamiltonianNet, regularised=True),
+    "simplehamiltonian218inception": partial(SimpleHamiltonianNet, regularised=True, inception=True),
+    "momentumresnet18": MomentumResNet,
+    "momentumresnet34": partial(MomentumResNet, blocks=(3, 4, 6, 3)),
+    "momentumresnet50": partial(MomentumResNet, blocks=(3, 4, 6, 3), narrows=True),
+    "momentumresnet101": partial(MomentumResNet, blocks=(3, 4, 23, 3), narrows=True),
+    "momentumresnet152": partial(MomentumResNet, blocks=(3, 8, 36, 3), narrows=True),
 }
 
 
@@ -51,4 +88,16 @@ def create(name: str, num_classes: int = 10, **settings: Any) -> nn.Module:
     return build(num_classes=num_classes, **settings)
 
 
-__all__ = ["MODELS", "ReversibleResNet", "create", "names"]
+__all__ = [
+    "MODELS",
+    "HamiltonianNet",
+    "LeapfrogNet",
+    "MidpointNet",
+    "MomentumResNet",
+    "ResNet",
+    "RevNet",
+    "ReversibleResNet",
+    "SimpleHamiltonianNet",
+    "create",
+    "names",
+]

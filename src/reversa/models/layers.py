@@ -1,0 +1,70 @@
+"""What networks begin and end with, and what joins their stages."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reversa.errors import SettingError, StateError
+from reversa.models.functions import convolution
+
+# Shapes in this file: N images, C channels, H x W pixels.
+
+
+def norm(channels: int) -> nn.BatchNorm2d:
+    """Batch normalisation with the settings of the RevNet authors: eps 1e-3, statistics that keep 0.99 of the old."""
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+def stem(channels: int, width: int, large: bool = False) -> nn.Sequential:
+    """Convolution, BN, ReLU: 3x3 for small images; for large ones 7x7 of stride 2 and a max pool of stride 2."""
+    if not large:
+        return nn.Sequential(convolution(channels, width, 3), norm(width), nn.ReLU())
+    return nn.Sequential(convolution(channels, width, 7, 2), norm(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+
+
+class Head(nn.Module):
+    """(N, C, H, W) -> (N, num_classes): BN, ReLU, mean over the pixels, linear."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = norm(width)
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The mean, not adaptive pooling: pooling has no deterministic backward on a GPU.
+        return self.linear(self.norm(x).relu().mean((2, 3)))
+
+
+class PoolAndPad(nn.Module):
+    """(N, narrow, H, W) -> (N, wide, H/s, W/s) without a parameter: mean over s x s pixels, and channels of zeros.
+
+    Each of the ``parts`` that the channels consist of (the two streams of a reversible network) is padded on its own,
+    by the same number of channels before and behind.
+
+    Raises:
+        SettingError: the new channels cannot be shared out evenly.
+        StateError: (in the forward pass) the image is smaller than the stride.
+    """
+
+    def __init__(self, narrow: int, wide: int, stride: int = 1, parts: int = 1) -> None:
+        super().__init__()
+        new = wide - narrow
+        if new < 0 or new % (2 * parts):
+            raise SettingError(
+                f"{narrow} channels cannot be padded to {wide}: {parts} part(s) need {2 * parts} new channels, "
+                "or a multiple of that"
+            )
+        self.parts, self.stride, self.padding = parts, stride, new // (2 * parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < self.stride:
+            raise StateError(
+                f"an image of {x.shape[2]} x {x.shape[3]} pixels cannot be halved once more: use larger images, or a "
+                "network with fewer stages"
+            )
+        x = F.avg_pool2d(x, self.stride) if self.stride > 1 else x
+        if not self.padding:
+            return x
+        return torch.cat([F.pad(part, (0, 0, 0, 0, *[self.padding] * 2)) for part in x.chunk(self.parts, 1)], 1)
