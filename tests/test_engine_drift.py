@@ -16,7 +16,9 @@ import oracle
 import reversa
 from cases import CASES, Case, gradients, step
 from reversa import Invert, Momentum
+from reversa.engine.sample import Sample
 from reversa.errors import DriftError, DriftWarning
+from reversa.models.functions import Bias, Kernel, Symmetric
 
 EPS = 2.0**-23  # float32
 
@@ -138,3 +140,70 @@ def test_gradients_are_there_for_every_parameter_at_depth():
     seq = reversa.ReversibleSequence([layer(4) for _ in range(300)], Momentum(0.9))
     seq(torch.randn(2, 4)).sum().backward()
     assert all(g is not None and torch.isfinite(g).all() for g in gradients(seq).values())
+
+
+# ---------------------------------------------------------------------- drift that no law foresees
+
+
+def wild(h: float, blocks: int, width: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Case, list[nn.Module]]:
+    """A Hamiltonian network of weights so large that neighbouring states part; the scheme itself loses nothing."""
+    torch.manual_seed(0)
+    fs = [Symmetric(Kernel(width, None), Bias(width)).to(dtype) for _ in range(2 * blocks)]
+    for f in fs:
+        nn.init.normal_(f.kernel.weight, std=width**-0.5)
+    return Case(reversa.Hamiltonian(h), partial(oracle.hamiltonian, h=h)), fs
+
+
+def error_of_gradients(case: Case, fs, x, **settings) -> float:
+    return total_error(step(case.with_engine(Invert(**settings)), fs, x), step(case.rule, fs, x))
+
+
+def test_the_gradient_is_right_or_there_is_a_warning_or_an_error():
+    """From ten blocks on, which lose nothing, to a hundred, which lose everything."""
+    met = set()
+    for blocks in (5, 10, 14, 16, 18, 20, 22, 25, 30, 40, 100):
+        (case, fs), x = wild(1.0, blocks), torch.randn(8, 32, requires_grad=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DriftWarning)
+            try:
+                wrong = error_of_gradients(case, fs, x)
+            except DriftError:
+                met.add("error")
+                continue
+        told = any(issubclass(w.category, DriftWarning) for w in caught)
+        assert wrong < (0.3 if told else 2e-2), blocks
+        met.add("warning" if told else "right")
+    assert met == {"right", "warning", "error"}
+
+
+def test_what_the_error_advises_helps():
+    (case, fs), x = wild(1.0, 40), torch.randn(8, 32, requires_grad=True)
+    with pytest.raises(DriftError, match=r"recovered for step 0 \(Symmetric\) differs.*exact=True.*anchors=k"):
+        step(case.with_engine(Invert()), fs, x)
+    assert error_of_gradients(case, fs, x, anchors=8) < 1e-3
+    (gentle, fs), x = wild(0.1, 40), torch.randn(8, 32, requires_grad=True)
+    assert error_of_gradients(gentle, fs, x) < 1e-5
+
+
+def test_who_accepts_drift_hears_nothing_of_it():
+    (case, fs), x = wild(1.0, 40), torch.randn(8, 32, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DriftWarning)
+        assert error_of_gradients(case, fs, x, accept_drift=True) > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (64, 4096), (2, 3, 70, 70), (1, 1, 1, 500_000)])
+def test_a_sample_is_small_and_from_everywhere(shape):
+    x = torch.randn(shape)
+    sample = Sample(x, (x, x), 1e-4)
+    assert 0 < sample.elements.numel() <= 8 * 1024
+    sample.compare(x, "step 0")
+    with pytest.raises(DriftError, match=r"differs .* by 2e\+00"):
+        sample.compare(-x, "step 0")
+    layout = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    Sample(layout, (layout,), 1e-4).compare(layout.contiguous(), "step 0")
+    zeros = torch.zeros(3, 5)
+    Sample(zeros, (zeros, torch.ones(3, 5)), 1e-4).compare(zeros + 1e-7, "step 0")
+    Sample(zeros, (zeros, zeros), 1e-4).compare(zeros, "step 0")
+    with pytest.warns(DriftWarning, match="by 1e-03 of its size"):
+        Sample(zeros, (zeros, torch.ones(3, 5)), 1e-4).compare(zeros + 1e-3, "step 0")

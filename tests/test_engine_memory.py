@@ -210,8 +210,8 @@ def test_one_state_is_held_after_the_forward_pass(case, group, depth):
     x = case.input(BATCH, WIDTH, dtype=torch.float32)
     with Storages() as storages:
         y = seq(x)
-        # One number for each step, or with a group the state before the first.
-        assert storages.alive(y) <= 2 * STREAM + (64 * depth if group == 1 else 2 * STREAM)
+        # One number for each step, or with a group the state before the first; and a sample of its argument.
+        assert storages.alive(y) <= 2 * STREAM + (64 * depth if group == 1 else 2 * STREAM) + STREAM / 100
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.9, 0.99])

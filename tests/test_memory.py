@@ -19,6 +19,8 @@ from reversa.memory import LiveBytes
 # At gamma = 0.999 the drift over 512 steps is below 1e-6: no state is kept in between.
 MOMENTUM, REVNET = Momentum(0.999), RevNet()
 SHALLOW, DEEP = 8, 512
+SAMPLE = 1e-3
+"""The part of a kept state that is kept once more, to compare what comes back with."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def sequence(f, scheme, depth, engine) -> ReversibleSequence:
 
 def measure(f, scheme, depth, engine) -> Memory:
     model = sequence(f, scheme, depth, engine)
-    x = torch.ones(INPUTS[f])
+    x = torch.randn(INPUTS[f])
     gc.collect()
     gc.disable()  # what a cycle keeps alive must be seen
     try:
@@ -75,6 +77,7 @@ schemes = pytest.mark.parametrize("scheme", [MOMENTUM, REVNET], ids=lambda s: ty
 @pytest.mark.slow
 @chains
 @schemes
+@pytest.mark.filterwarnings("ignore::reversa.errors.DriftWarning")  # 512 convolutions with BN drift by 1e-3
 def test_depth_512_takes_what_depth_8_takes(f, scheme):
     shallow, deep = (measure(f, scheme, depth, Invert()) for depth in (SHALLOW, DEEP))
     assert deep.peak == pytest.approx(shallow.peak, rel=1e-3)
@@ -161,9 +164,9 @@ def test_anchors_cost_exactly_the_states_that_they_keep(anchors):
     without = measure(mlp, MOMENTUM, 64, Invert())
     with_anchors = measure(mlp, MOMENTUM, 64, Invert(anchors=anchors))
     more = 2 * (64 // anchors - 1)
-    assert with_anchors.held - without.held == pytest.approx(more, abs=0.01)
+    assert with_anchors.held - without.held == pytest.approx(more, rel=2 * SAMPLE)
     # The end of the chain behind is kept until the backward pass has left the chain before it.
-    assert more - 2 <= with_anchors.peak - without.peak <= more
+    assert more - 2 <= with_anchors.peak - without.peak <= more * (1 + 2 * SAMPLE)
 
 
 def test_automatic_anchors_are_those_that_the_drift_law_asks_for():
@@ -224,6 +227,6 @@ def test_an_input_kept_by_the_caller_is_not_copied():
     x = torch.ones(INPUTS[mlp], requires_grad=True)
     with LiveBytes(exclude=[model, x]) as counted:
         y = model(x)
-        assert counted.live <= 2 * x.nbytes + 64  # y and the velocity behind it
+        assert counted.live <= 2 * x.nbytes * (1 + SAMPLE)  # y and the velocity behind it
         y.mean().backward()
         assert counted.live == y.nbytes

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from reversa.engine import Engine, _torch
+from reversa.engine import Engine, Invert, _torch
 from reversa.exact import Arithmetic
 from reversa.schemes import Scheme, State
 from reversa.sequence import ReversibleSequence
@@ -168,6 +169,8 @@ def watch(model: nn.Module, engine: Engine | None) -> list[Trace]:
         if engine is not None:
             holder.engine = engine
             continue
+        if isinstance(holder.engine, Invert) and holder.engine.anchors is not None:
+            holder.engine = replace(holder.engine, accept_drift=True)  # where it comes from is for us to say
         trace = Trace(name, places)
         vars(holder)["scheme_for"] = partial(trace.looked_at, holder.scheme_for)
         traces.append(trace)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -22,30 +22,21 @@ from reversa.engine.conditions import RandomState, random_state, same_random_sta
 from reversa.engine.determinism import deterministic
 from reversa.engine.finite import all_finite, is_finite, refuse_not_finite, total
 from reversa.engine.kept import Cursor, KeptState
-from reversa.engine.replay import Evaluation, Extras, Saved, refuse_other_tensors, replaying
+from reversa.engine.replay import (
+    CHANGED_OUTPUT,
+    Evaluation,
+    Extras,
+    Saved,
+    Unit,
+    no_backward,
+    refuse_other_tensors,
+    replaying,
+)
+from reversa.engine.sample import Sample
 from reversa.engine.steps import carried_value, first_tensor, refuse_in_place
 from reversa.engine.verify import Hashes
 from reversa.errors import ReplayError, ReversaError
 from reversa.schemes import Scheme, State
-
-_CHANGED_OUTPUT = (
-    "the output of {where}, where a reversible chain ends, was changed in place before the backward pass, which starts "
-    "from it. Use an out-of-place operation there (for instance ReLU(inplace=False))."
-)
-
-
-class _Unit(NamedTuple):
-    """What a replayed step saved: the tensors, each until it is asked for, and what they were like then."""
-
-    tensors: list[Tensor | None]
-    saved: Saved
-
-
-def _no_backward(_: Any) -> Tensor:
-    raise ReplayError(
-        "a residual function computes gradients inside its own forward (torch.autograd.grad or backward). Its saved "
-        "tensors are not kept by a reversible engine: use engine=Store() for this model."
-    )
 
 
 class Chain:
@@ -59,15 +50,24 @@ class Chain:
             It is meant for small states: to say which step was the first that was not finite, the state before the
             first is kept then, elsewhere one number for each step.
         hashes: to prove that what is recovered is what was; None goes without.
+        sample: of what the first step's function is evaluated at, to see how far what is recovered is from it; None
+            goes without.
     """
 
     def __init__(
-        self, scheme: Scheme, state: State, first: int = 0, group: int = 1, hashes: Hashes | None = None
+        self,
+        scheme: Scheme,
+        state: State,
+        first: int = 0,
+        group: int = 1,
+        hashes: Hashes | None = None,
+        sample: Sample | None = None,
     ) -> None:
         self.scheme: Final = scheme
         self.first: Final = first
         self.group: Final = group
         self._hashes: Final = hashes
+        self._sample: Final = sample
         self._steps: list[Evaluation] = []
         self._saved: Saved = []  # of all steps, one behind the other ...
         self._starts: list[int] = [0]  # ... and where each step's part begins
@@ -78,7 +78,7 @@ class Chain:
         self._held: list[_torch.SavedTensor] | None = None  # the last state in autograd's keeping; from end()
         self._cursor: Cursor | None = None
         self._task = -1  # the backward pass that captured tensors belong to:
-        self._captured = _Unit([], [])  # entries _from.._to of all saved tensors
+        self._captured = Unit([], [])  # entries _from.._to of all saved tensors
         self._from = self._to = 0
 
     def __len__(self) -> int:
@@ -172,8 +172,8 @@ class Chain:
         """Capture the saved tensors of the step that ``index`` belongs to, and of the ``group - 1`` steps before it."""
         last = self._step_of(index)
         if last >= len(self._steps):
-            _no_backward(index)
-        self._captured, self._from, self._to = _Unit([], []), 0, 0
+            no_backward(index)
+        self._captured, self._from, self._to = Unit([], []), 0, 0
         self._settle_random()
         grad_enabled = torch.is_grad_enabled()
         _torch.set_grad_enabled(False)
@@ -182,6 +182,8 @@ class Chain:
                 units, cursor = self._walk_to(last)
             if cursor.step == 0:
                 self._refuse_not_finite(cursor.state, recovered=True)
+                if self._sample is not None:
+                    self._sample.compare(self.scheme.argument(cursor.state, self.first), self._steps[0])
         finally:
             _torch.set_grad_enabled(grad_enabled)
         if len(units) == 1:
@@ -189,19 +191,19 @@ class Chain:
         else:
             units.reverse()
             tensors = [tensor for unit in units for tensor in unit.tensors]
-            self._captured = _Unit(tensors, [entry for unit in units for entry in unit.saved])
+            self._captured = Unit(tensors, [entry for unit in units for entry in unit.saved])
         self._from, self._to, self._task = self._starts[cursor.step], self._starts[last + 1], cursor.task
         # With the end state kept, nothing needs the first state; without it, a second request might.
         self._cursor = None if cursor.step == 0 and self._held is not None else cursor
 
-    def _walk_to(self, last: int) -> tuple[list[_Unit], Cursor]:
+    def _walk_to(self, last: int) -> tuple[list[Unit], Cursor]:
         """Walk to step ``last`` and replay the unit of steps that ends with it, last step first."""
         cursor = self._nearest(last)
         while cursor.step > last + 1:  # steps that this backward pass did not visit
             self._back(cursor)
         while cursor.step < last:
             self._forth(cursor)
-        units: list[_Unit] = []
+        units: list[Unit] = []
         if cursor.step == last:
             argument = self.scheme.argument(cursor.state, self.first + last)
             units.append(self._evaluate(last, argument)[0])
@@ -224,7 +226,7 @@ class Chain:
         where = self._steps[-1]
         if self._latest is not None:
             if not self._latest.unchanged:
-                raise ReplayError(_CHANGED_OUTPUT.format(where=where))
+                raise ReplayError(CHANGED_OUTPUT.format(where=where))
             return self._latest.streams
         if self._held is None:
             raise ReplayError(
@@ -236,13 +238,13 @@ class Chain:
         except ReversaError:
             raise
         except RuntimeError as error:
-            raise ReplayError(_CHANGED_OUTPUT.format(where=where)) from error
+            raise ReplayError(CHANGED_OUTPUT.format(where=where)) from error
         self._refuse_not_finite(state, recovered=False)
         if task >= 0 and not _torch.graph_is_kept():
             self._held = None  # nobody can ask again: the nodes that would are freed as they run
         return state
 
-    def _back(self, cursor: Cursor) -> _Unit:
+    def _back(self, cursor: Cursor) -> Unit:
         """Move the cursor over one step backwards; what the step saved."""
         step, number = cursor.step - 1, self.first + cursor.step - 1
         argument, rest = self.scheme.uncover(cursor.state, number)
@@ -260,13 +262,13 @@ class Chain:
         cursor.step, cursor.state = cursor.step + 1, self.scheme.forward(cursor.state, value, number)
         return value
 
-    def _evaluate(self, step: int, argument: Tensor) -> tuple[_Unit, Tensor]:
+    def _evaluate(self, step: int, argument: Tensor) -> tuple[Unit, Tensor]:
         """Evaluate ``f`` of a step once more: the tensors that it saves, and its value."""
         evaluation = self._steps[step]
         leaf = evaluation.as_given(argument).requires_grad_(evaluation.needs_grad)
         tensors: list[Tensor] = []
         _torch.set_grad_enabled(True)
-        _torch.push_hooks(tensors.append, _no_backward)
+        _torch.push_hooks(tensors.append, no_backward)
         try:
             value = first_tensor(evaluation.again(leaf))
             captured: list[Tensor | None] = [*tensors]
@@ -279,7 +281,7 @@ class Chain:
         if saved != (expected := self._saved[self._starts[step] : self._starts[step + 1]]):
             refuse_other_tensors(evaluation, leaf, expected, saved, captured)
         evaluation.stand_ins = ()
-        return _Unit(captured, saved), value if value.dtype == argument.dtype else value.to(argument.dtype)
+        return Unit(captured, saved), value if value.dtype == argument.dtype else value.to(argument.dtype)
 
     def _refuse_not_finite(self, state: State, recovered: bool) -> None:
         if not all_finite(state):

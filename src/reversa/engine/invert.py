@@ -13,9 +13,10 @@ import torch
 from reversa.engine import _torch
 from reversa.engine.chain import Chain
 from reversa.engine.determinism import deterministic
-from reversa.engine.drift import accept, anchor_interval
+from reversa.engine.drift import accept, anchor_interval, tolerance
 from reversa.engine.policies import Engine
 from reversa.engine.replay import Extras
+from reversa.engine.sample import Sample
 from reversa.engine.steps import Function, Opening, Steps, is_recording, plain_step
 from reversa.engine.verify import Hashes
 from reversa.errors import SettingError
@@ -31,20 +32,22 @@ class Invert(Engine):
     """States are computed back from the end by the scheme's inverse: memory that does not grow with depth.
 
     One more evaluation of each residual function is the price. Where float arithmetic would drift too far
-    (:meth:`~reversa.schemes.Scheme.drift`), a state is kept every so many steps.
+    (:meth:`~reversa.schemes.Scheme.drift`), a state is kept every so many steps; and a few elements of the first
+    argument are, with which the one that comes back must agree: residual functions can multiply errors, too.
 
     Args:
         keep: the last ``keep`` steps store their activations in the ordinary way (less time, more memory).
         anchors: ``"auto"`` keeps a state wherever the drift law asks for one; a number keeps one every so many
             steps; None keeps none, with a warning or an error where the drift is too large.
-        accept_drift: with ``anchors=None``, do not raise.
+        accept_drift: do not raise because of drift, whether foreseen or found.
         group: number of steps replayed in one go, with the state before the first step kept as well; None chooses
             1, or 8 for a state so small that Python's overhead matters more.
         verify: in exact arithmetic, keep a hash of the state before each step and compare it on the way back.
 
     Raises:
         SettingError: a setting outside its range.
-        DriftError: (while running) ``anchors=None`` and the drift law passes 1e-2.
+        DriftError: (while running) ``anchors=None`` and the drift law passes 1e-2; or, in the backward pass, the first
+            argument that comes back is another one by 1 % or more.
 
     >>> Invert(keep=2)
     Invert(keep=2)
@@ -113,6 +116,7 @@ class _InvertSteps(Steps):
         self.inverted = None if length is None else max(0, length - engine.keep)
         self.length = length
         self.interval: int | None = None
+        self.tolerance: float = 0.0
         self.chain: Chain | None = None
         self.extras: Extras | None = None
         self.begun = False
@@ -142,10 +146,13 @@ class _InvertSteps(Steps):
         if self.engine.anchors is None and self.inverted is not None:
             accept(self.scheme, self.inverted, dtype, under, self.engine.accept_drift)
         self.interval = self.engine.interval(self.scheme, self.length, dtype, under)
+        self.tolerance = tolerance(dtype, under)
 
     def _chain(self, state: State, first: int, module: Any) -> Chain:
         hashes = Hashes(self.scheme) if self.engine.verify else None
-        return Chain(self.scheme, state, first, self._group(state, module), hashes)
+        watch = not (self.scheme.exact or self.engine.accept_drift)
+        sample = Sample(self.scheme.argument(state, first), state, self.tolerance) if watch else None
+        return Chain(self.scheme, state, first, self._group(state, module), hashes, sample)
 
     def _group(self, state: State, module: Any) -> int:
         if self.engine.group is not None:

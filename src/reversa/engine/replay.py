@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from reversa.engine.conditions import RandomState, autocast_as, autocast_now, ra
 from reversa.engine.steps import Place
 from reversa.engine.watch import Watch
 from reversa.errors import ReplayError
+
+CHANGED_OUTPUT = (
+    "the output of {where}, where a reversible chain ends, was changed in place before the backward pass, which starts "
+    "from it. Use an out-of-place operation there (for instance ReLU(inplace=False))."
+)
 
 _replaying: ContextVar[bool] = ContextVar("reversa_replaying", default=False)
 
@@ -171,6 +176,13 @@ Saved = list[tuple[torch.Size, torch.dtype, int]]
 """Shape, data type and version of every tensor that an evaluation saved, in order."""
 
 
+class Unit(NamedTuple):
+    """What a replayed step saved: the tensors, each until it is asked for, and what they were like then."""
+
+    tensors: list[Tensor | None]
+    saved: Saved
+
+
 def refuse_other_tensors(
     evaluation: Evaluation, argument: Tensor, expected: Saved, saved: Saved, captured: Sequence[Tensor | None]
 ) -> None:
@@ -197,3 +209,15 @@ def refuse_other_tensors(
                 "later in the function or between the forward and the backward pass. Replace the in-place operation "
                 "by an ordinary one, and call backward() before changing parameters."
             )
+
+
+def no_backward(_: Any) -> Tensor:
+    """Refuse to unpack a tensor while its function is still being evaluated.
+
+    Raises:
+        ReplayError: always.
+    """
+    raise ReplayError(
+        "a residual function computes gradients inside its own forward (torch.autograd.grad or backward). Its saved "
+        "tensors are not kept by a reversible engine: use engine=Store() for this model."
+    )

@@ -1,0 +1,76 @@
+"""What drift there really was: a few elements of a chain's first argument, compared with what came back."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from reversa.errors import DriftError, DriftWarning
+from reversa.schemes import State
+
+FEWEST, MOST, SHARE = 16, 1024, 1 << 10
+"""A thousandth of the elements, about. Drift is everywhere, so that a sample shows it."""
+WARN_ABOVE, REFUSE_ABOVE = 3e-4, 1e-2
+
+
+class Sample:
+    """Elements of a tensor, spread over all of its dimensions.
+
+    A scheme's drift law knows how errors grow in the scheme; how they grow in the residual functions, nobody knows
+    before. A network whose states change much from step to step loses all digits under any scheme.
+
+    Args:
+        argument: what the first residual function of a chain is evaluated at.
+        state: the state that it is part of, whose size is the measure: a stream can begin with zeros.
+        tolerance: the error that is planned with (:func:`reversa.engine.drift.tolerance`).
+    """
+
+    def __init__(self, argument: Tensor, state: State, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.elements = _some(argument)
+        self.scale = torch.stack([_norm(_some(stream)) for stream in state]).max()
+
+    def compare(self, argument: Tensor, where: object) -> None:
+        """Judge what came back in its place.
+
+        Raises:
+            DriftError: it is another one by 1 % or more.
+        """
+        error = self._error(argument)
+        if not error > max(WARN_ABOVE, 4 * self.tolerance):
+            return
+        message = (
+            f"the input recovered for {where} differs from what it was by {error:.0e} of its size, and gradients with "
+            "it: the residual functions multiply rounding errors from step to step, or compute something else in the "
+            "backward pass (reversa.check tells which). Against the first: exact=True, which does not drift; "
+            "Invert(anchors=k), which keeps a state every k steps; a smaller step size, smaller weights, or float64."
+        )
+        if error > max(REFUSE_ABOVE, 40 * self.tolerance):
+            raise DriftError(f"{message} To go on all the same: Invert(accept_drift=True).")
+        warnings.warn(message, DriftWarning, stacklevel=2)
+
+    def _error(self, argument: Tensor) -> float:
+        if isinstance(argument, FakeTensor) or argument.is_meta:
+            return 0.0
+        error = _norm(_some(argument) - self.elements) / self.scale
+        return float(error) if self.scale else 0.0
+
+
+def _norm(x: Tensor) -> Tensor:
+    return cast(Any, torch.linalg).vector_norm(x)
+
+
+def _some(x: Tensor) -> Tensor:
+    """Some elements, as a copy: a slice, so that no layout has to be copied as a whole."""
+    steps = [1] * x.dim()
+    ratio = x.numel() / min(MOST, max(FEWEST, x.numel() // SHARE))
+    smallest_first = sorted(range(x.dim()), key=lambda dim: x.shape[dim])
+    for done, dim in enumerate(smallest_first):
+        steps[dim] = max(1, min(x.shape[dim], math.ceil(ratio ** (1 / (x.dim() - done)))))
+        ratio /= steps[dim]
+    return x.detach()[tuple(slice(None, None, step) for step in steps)].clone()
