@@ -109,7 +109,7 @@ def blocks_of(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
 
 
-EXAMPLES = [*blocks_of("README.md"), *blocks_of("docs/exact.md")]
+EXAMPLES = [code for page in ("README.md", "docs/exact.md", "docs/models.md") for code in blocks_of(page)]
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.strip().splitlines()[-1][:40])

@@ -283,7 +283,7 @@ def test_nothing_is_printed_but_the_first_line_the_table_and_the_folder(tmp_path
     train(tiny(tmp_path / "quiet", epochs=1))
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("digits-momentum: 3 blocks, 1 epochs, in ")
+    assert out.startswith("digits: 3 residual blocks, momentum, gamma 0.9, 1 epochs, in ")
     assert out.count("\n") == 9
     assert "\x1b" not in out
     assert out.rstrip().endswith(f"Run folder: {tmp_path / 'quiet'}")

@@ -13,6 +13,7 @@ from reversa.errors import ReversaError, SettingError, nearest
 # What each verb does. Its module ``reversa.cli.VERB``, imported when asked for, has ``run(arguments) -> exit status``.
 VERBS = {
     "train": "train a reversible network on real images, and measure what it costs",
+    "models": "list the networks by name, with their parameters",
     "check": "find out whether a converted model trains right",
 }
 

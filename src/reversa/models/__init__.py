@@ -63,6 +63,24 @@ def names() -> list[str]:
     return sorted(MODELS)
 
 
+def settings(name: str) -> dict[str, Any]:
+    """The settings of a network by name, with their defaults.
+
+    Raises:
+        SettingError: no network has that name; the message lists the nearest ones.
+
+    >>> settings("hamiltonian218")["h"]
+    0.1
+    """
+    if name not in MODELS:
+        raise SettingError(nearest(name, names(), "model"))
+    parameters = inspect.signature(MODELS[name]).parameters
+    return {key: parameter.default for key, parameter in parameters.items() if key != "num_classes"}
+
+
+_settings = settings  # create() has an argument of that name
+
+
 def create(name: str, num_classes: int = 10, **settings: Any) -> nn.Module:
     """A network by name, with fresh parameters.
 
@@ -78,14 +96,11 @@ def create(name: str, num_classes: int = 10, **settings: Any) -> nn.Module:
     >>> len(net.chains)
     3
     """
-    if name not in MODELS:
-        raise SettingError(nearest(name, names(), "model"))
-    build = MODELS[name]
-    known = [setting for setting in inspect.signature(build).parameters if setting != "num_classes"]
+    known = _settings(name)
     for setting in settings:
         if setting not in known:
             raise SettingError(nearest(setting, known, f"setting of {name}"))
-    return build(num_classes=num_classes, **settings)
+    return MODELS[name](num_classes=num_classes, **settings)
 
 
 __all__ = [
@@ -100,4 +115,5 @@ __all__ = [
     "SimpleHamiltonianNet",
     "create",
     "names",
+    "settings",
 ]

@@ -200,7 +200,7 @@ def preactivated(layers: Sequence[nn.Module], activate: bool = True) -> nn.Seque
     made: list[nn.Module] = []
     for i, layer in enumerate(layers):
         if i or activate:
-            made += [nn.BatchNorm2d(int(layer.in_channels), eps=1e-3, momentum=0.01), nn.ReLU()]  # type: ignore[arg-type]
+            made += [nn.BatchNorm2d(int(layer.in_channels), eps=1e-3), nn.ReLU()]  # type: ignore[arg-type]
         made.append(layer)
     return nn.Sequential(*made)
 

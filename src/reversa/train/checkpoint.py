@@ -69,13 +69,4 @@ def make_network(config: TrainConfig, num_classes: int, channels: int) -> nn.Mod
     Raises:
         SettingError: the network does not take the settings.
     """
-    return models.create(
-        config.model,
-        num_classes,
-        channels=channels,
-        depth=config.depth,
-        width=config.width,
-        scheme=config.make_scheme(),
-        engine=config.make_engine(),
-        exact=config.exact,
-    )
+    return models.create(config.model, num_classes, channels=channels, **config.network_settings())

@@ -33,18 +33,23 @@ PRECISIONS = {
 }
 
 
-def make_scheme(name: str, gamma: float | None = None) -> Scheme:
-    """A scheme by name, with its own gamma where none is given.
+OWN = "reversibleresnet"
+"""The network whose scheme, depth and width are settings of a run."""
+OWN_SETTINGS = {"scheme": "momentum", "depth": 54, "width": 16}
+
+
+def make_scheme(name: str, gamma: float | None = None, h: float | None = None) -> Scheme:
+    """A scheme by name, with its own gamma or step size where none is given.
 
     Raises:
-        SettingError: no scheme has that name, it has no gamma, or gamma is out of its range.
+        SettingError: no scheme has that name, it has no such setting, or the setting is out of its range.
     """
     kind: Any = scheme_named(name)
-    if gamma is None:
-        return kind()
-    if "gamma" not in {setting.name for setting in fields(kind)}:
-        raise SettingError(f"scheme {name!r} has no gamma, got gamma={gamma}: leave it out")
-    return kind(gamma=gamma)
+    given = {name: value for name, value in (("gamma", gamma), ("h", h)) if value is not None}
+    for setting, value in given.items():
+        if setting not in {field.name for field in fields(kind)}:
+            raise SettingError(f"scheme {name!r} has no {setting}, got {setting}={value}: leave it out")
+    return kind(**given)
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,12 @@ class TrainConfig:
     Args:
         data: the data set to train on.
         model: the network, one of reversa.models.names().
-        scheme: the update rule of its blocks: momentum, revnet or additive.
-        depth: residual blocks in all.
-        width: channels of the first stage.
-        gamma: weight of the old velocity, in (0, 1], where the scheme has one; null for its own (momentum: 0.9).
+        scheme: the update rule of the blocks of reversibleresnet, one of reversa.schemes.SCHEMES; null for momentum.
+            The networks of the papers have their own.
+        depth: residual blocks of reversibleresnet in all; null for 54.
+        width: channels of the first stage of reversibleresnet; null for 16.
+        gamma: weight of the old velocity, in (0, 1], where there is one; null for 0.9.
+        h: the step size, where there is one; null for the network's own.
         epochs: passes over the training images.
         engine: where the backward pass gets the states: invert, store, recompute or offload.
         exact: hold states in integers, so that the backward pass gets the very bits of the forward pass.
@@ -80,10 +87,11 @@ class TrainConfig:
 
     data: str = "digits"
     model: str = "reversibleresnet"
-    scheme: str = "momentum"
-    depth: int = 54
-    width: int = 16
+    scheme: str | None = None
+    depth: int | None = None
+    width: int | None = None
     gamma: float | None = None
+    h: float | None = None
     epochs: int = 12
     engine: str = "invert"
     exact: bool = False
@@ -98,8 +106,12 @@ class TrainConfig:
     resume: str | None = None
 
     def __post_init__(self) -> None:
+        if self.model == OWN:
+            for name, value in OWN_SETTINGS.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
         for name in ("depth", "width", "epochs", "batch_size", "threads"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, least in (("lr", "above 0"), ("weight_decay", "0 or more")):
             value = getattr(self, name)
@@ -114,24 +126,50 @@ class TrainConfig:
             raise SettingError(nearest(str(self.precision), PRECISIONS, "precision"))
         object.__setattr__(self, "precision", PRECISIONS[str(self.precision)])
         dataset_named(self.data)
-        self.make_scheme()
+        self.network_settings()
 
     @property
     def name(self) -> str:
         """What the run is called where it is not given a folder."""
-        return f"{self.data}-{self.scheme}"
+        return f"{self.data}-{self.scheme if self.model == OWN else self.model}"
 
-    def make_scheme(self) -> Scheme:
-        """The update rule."""
-        return make_scheme(self.scheme, self.gamma)
+    @property
+    def network(self) -> str:
+        """The network in a few words."""
+        what = f"{self.depth} residual blocks, {self.scheme}" if self.model == OWN else self.model
+        numbers = [f", {name} {value:g}" for name in ("gamma", "h") if (value := getattr(self, name)) is not None]
+        return f"{what}{''.join(numbers)}{', exact' * self.exact}"
+
+    def network_settings(self) -> dict[str, Any]:
+        """What :func:`reversa.models.create` is given, beside the number of classes and channels.
+
+        Raises:
+            SettingError: a setting that the network does not have.
+        """
+        takes = set(models.settings(self.model))
+        given: dict[str, Any] = {"engine": self.make_engine()} if "engine" in takes else {}
+        asked = ("depth", "width", "scheme", "gamma", "h")
+        own: dict[str, Any] = {name: getattr(self, name) for name in asked if getattr(self, name) is not None}
+        if "scheme" in takes:
+            own["scheme"] = make_scheme(str(self.scheme), own.pop("gamma", None), own.pop("h", None))
+        if self.exact:
+            own["exact"] = True
+        for name in own:
+            if name not in takes:
+                raise SettingError(f"{self.model} has no {name}, got {name}={own[name]!r}: leave it out")
+        return given | own
 
     def make_engine(self) -> Engine:
         """Where the backward pass gets its states."""
         return ENGINES[self.engine]()
 
     def complete(self) -> TrainConfig:
-        """The same settings with the scheme's own gamma written out."""
-        return replace(self, gamma=getattr(self.make_scheme(), "gamma", None))
+        """The same settings with the network's or the scheme's own gamma and h written out."""
+        settings = models.settings(self.model)
+        has = vars(make_scheme(self.scheme, self.gamma, self.h)) if self.scheme else settings
+        return replace(
+            self, **{name: has[name] for name in ("gamma", "h") if getattr(self, name) is None and name in has}
+        )
 
 
 def parser() -> Any:

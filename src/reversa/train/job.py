@@ -102,7 +102,7 @@ class _Run:
         from reversa.train.callbacks import Stopped
 
         val = Batches(self.data.val, self.config.batch_size)
-        self.say(f"{self.config.name}: {self.config.depth} blocks, {self.config.epochs} epochs, in {self.folder.path}")
+        self.say(f"{self.config.data}: {self.config.network}, {self.config.epochs} epochs, in {self.folder.path}")
         try:
             with self.bar.shown():
                 self.trainer.fit(self.task, self.batches, val, ckpt_path=self.config.resume, weights_only=True)

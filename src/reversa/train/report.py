@@ -57,9 +57,7 @@ class Result:
     @property
     def title(self) -> str:
         """The run in a line."""
-        config = self.config
-        gamma = "" if config.gamma is None else f", gamma {config.gamma:g}"
-        return f"{config.data}: {config.depth} residual blocks, {config.scheme}{gamma}{', exact' * config.exact}"
+        return f"{self.config.data}: {self.config.network}"
 
 
 def write_report(result: Result, folder: RunFolder) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from reversa.errors import SettingError, nearest
 from reversa.train.data.base import Batches, DataSet, Split
-from reversa.train.data.digits import digits
+from reversa.train.data.digits import digits, digits32
 
 # A new data set is one file and one line here. Each is a function without arguments that loads it.
 DATASETS: dict[str, Callable[[], DataSet]] = {
     "digits": digits,
+    "digits32": digits32,
 }
 
 
@@ -25,4 +26,4 @@ def dataset_named(name: str) -> Callable[[], DataSet]:
     return DATASETS[name]
 
 
-__all__ = ["DATASETS", "Batches", "DataSet", "Split", "dataset_named", "digits"]
+__all__ = ["DATASETS", "Batches", "DataSet", "Split", "dataset_named", "digits", "digits32"]

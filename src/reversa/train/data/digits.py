@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 from reversa.errors import import_extra
 from reversa.train.data.base import DataSet, Split
@@ -40,6 +40,22 @@ def digits() -> DataSet:
     black = float(-mean / deviation)
     splits = (Split(images[part], labels[part]) for part in (train, val, test))
     return DataSet(*splits, num_classes=10, augment=lambda batch, generator: shifted(batch, generator, fill=black))
+
+
+def digits32() -> DataSet:
+    """The digits enlarged to 32 x 32 pixels, for networks that are built for images of that size; else as they are.
+
+    >>> digits32().test.images.shape
+    torch.Size([360, 1, 32, 32])
+    """
+    small = digits()
+    sizes = (split._replace(images=_enlarged(split.images)) for split in (small.train, small.val, small.test))
+    black = float(small.train.images.min())
+    return DataSet(*sizes, num_classes=10, augment=lambda batch, generator: shifted(batch, generator, fill=black, by=4))
+
+
+def _enlarged(images: Tensor) -> Tensor:
+    return interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
 
 
 def shifted(images: Tensor, generator: Generator, fill: float, by: int = 1) -> Tensor:
