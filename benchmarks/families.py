@@ -24,7 +24,7 @@ FAMILIES = {
     "hamiltonian74": {},
     "midpoint26": {},
     "leapfrog26": {},
-    "simplehamiltonian218inception": {"data": "digits32"},
+    "simplehamiltonian218inception": {"data": "digits32", "h": 0.1},
 }
 
 NOTES = """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -217,3 +219,25 @@ def test_large_states_are_looked_at_too():
     y = reversa.ReversibleSequence(fs, reversa.Momentum(0.9))(x)
     with pytest.raises((StateError, ReplayError), match="step 2 "):
         loss_of(y).backward()
+
+
+def test_after_an_error_in_the_backward_pass_python_ends_in_order():
+    """Autograd leaves the rest of a graph with branches in its queue, whose end comes after Python's."""
+    code = """
+import torch, reversa
+class Branches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(1, 1, 1) for _ in range(3))
+    def forward(self, x):
+        return torch.cat([self.b(self.a(x[:, :1])), self.c(x[:, 1:]).tanh()], 1)
+fs = [Branches() for _ in range(4)]
+torch.nn.init.constant_(fs[1].a.weight, float("nan"))
+seq = reversa.ReversibleSequence(list(zip(fs[::2], fs[1::2])), reversa.RevNet())
+try:
+    seq(torch.randn(2, 4, 4, 4)).square().mean().backward()
+except reversa.errors.StateError:
+    print("refused")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "refused\n"), ended.stderr

@@ -7,10 +7,12 @@ The public context managers around the saved-tensor hooks cost several microseco
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Callable, Iterable
+from functools import wraps
 from types import CodeType
-from typing import Any, Protocol, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -74,6 +76,33 @@ def under_transform() -> bool:
 def outside_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, run by Python even where ``torch.compile`` traces its caller (imports Dynamo at first use only)."""
     return cast(Callable[..., Any], torch._disable_dynamo(function))  # type: ignore[attr-defined]
+
+
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+def orderly(hook: Callable[P, R]) -> Callable[P, R]:
+    """A hook of the backward pass that may raise.
+
+    What is left of the graph then stays in autograd's queue until the thread's next backward pass, or its end: by then
+    Python is gone, and taking the hooks apart crashes. So a backward pass of nothing is made before Python goes.
+    """
+
+    @wraps(hook)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return hook(*args, **kwargs)
+        except BaseException:
+            atexit.unregister(_empty_queue)
+            atexit.register(_empty_queue)
+            raise
+
+    return run
+
+
+def _empty_queue() -> None:
+    torch.zeros((), requires_grad=True).neg().backward()
 
 
 _skipped: set[CodeType] = set()

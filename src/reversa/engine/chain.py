@@ -29,6 +29,7 @@ from reversa.engine.replay import (
     Saved,
     Unit,
     no_backward,
+    refuse_changed_later,
     refuse_other_tensors,
     replaying,
 )
@@ -159,15 +160,13 @@ class Chain:
             return self._unpack(index)
         tensors[at] = None
         if tensor._version != saved[at][2]:
-            raise ReplayError(
-                f"{self._steps[self._step_of(index)]}: a tensor that its gradient needs is changed in place "
-                "later in the function. Replace the in-place operation by an ordinary one."
-            )
+            refuse_changed_later(self._steps[self._step_of(index)])
         return tensor
 
     def _step_of(self, index: int) -> int:
         return bisect_right(self._starts, index) - 1
 
+    @_torch.orderly
     def _replay(self, index: int) -> None:
         """Capture the saved tensors of the step that ``index`` belongs to, and of the ``group - 1`` steps before it."""
         last = self._step_of(index)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -209,6 +209,19 @@ def refuse_other_tensors(
                 "later in the function or between the forward and the backward pass. Replace the in-place operation "
                 "by an ordinary one, and call backward() before changing parameters."
             )
+
+
+@_torch.orderly
+def refuse_changed_later(evaluation: Evaluation) -> NoReturn:
+    """Refuse to hand out a tensor that was written to after its function was evaluated again.
+
+    Raises:
+        ReplayError: always.
+    """
+    raise ReplayError(
+        f"{evaluation}: a tensor that its gradient needs is changed in place later in the function. Replace the "
+        "in-place operation by an ordinary one."
+    )
 
 
 def no_backward(_: Any) -> Tensor:
