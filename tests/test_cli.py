@@ -50,6 +50,15 @@ def test_version(capsys):
     assert told(capsys)[0] == f"reversa {reversa.__version__}\n"
 
 
+def test_a_reader_that_has_seen_enough():
+    with subprocess.Popen([*COMMAND, "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stderr is not None
+        writer.stdout.close()
+        assert writer.stderr.read() == ""
+        assert writer.wait(60) == 0
+
+
 def test_help_loads_torch_and_no_package_of_an_extra():
     code = (
         "import sys; from reversa.cli import main\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: a check found training to be wrong. 2: bad input, with a message. 130: Ctrl-C.
     """
     try:
-        return _run(sys.argv[1:] if arguments is None else list(arguments))
+        status = _run(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read, such as head, has seen enough; Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ReversaError as error:
         print(f"reversa: {error}", file=sys.stderr)
         return FAILED
