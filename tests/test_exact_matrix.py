@@ -10,11 +10,13 @@ from torch import nn
 import reversa
 from cases import FAMILIES, Family, chain, input_for
 from exact_cases import FIXED, assert_bit_equal, same_bits, trained
+from reversa import Hamiltonian, IRevNet, Leapfrog, Midpoint
 from reversa.exact import ExactScheme, FixedPoint, Ratio, exact_scheme
 
 SCHEMES = {f"momentum-{gamma}": reversa.Momentum(gamma) for gamma in (0.9, 0.5, 0.99, 0.001, 1.0)}
 ADDITIVE = {"revnet": reversa.RevNet(), "additive": reversa.AdditiveCoupling()}
 SCHEMES |= ADDITIVE
+SCHEMES |= {str(s).partition("(")[0].lower(): s for s in (Hamiltonian(), Midpoint(), Leapfrog(), IRevNet())}
 RATIOS = [Ratio(1, 2), Ratio(9, 10), Ratio(99, 100), Ratio(999, 1000)]
 # Every scheme in every arithmetic that it has; a ratio is that of one gamma.
 ROWS = {f"{name}-{kind}": (scheme, fixed) for name, scheme in SCHEMES.items() for kind, fixed in FIXED.items()}
