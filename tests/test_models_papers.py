@@ -144,7 +144,7 @@ def by_hand(net, x: torch.Tensor, h: float) -> torch.Tensor:
         w = function.kernel.weight
         return F.conv_transpose2d(F.relu(function.inner(F.conv2d(function.outer(x), w, padding=1))), w, padding=1)
 
-    for part in net.units:
+    for part in net.stages:
         if isinstance(part, PoolAndPad):
             new = part.padding
             y, z = F.avg_pool2d(x, 2).chunk(2, 1)
@@ -166,7 +166,7 @@ def test_the_hamiltonian_network_is_the_papers(between):
             nn.init.normal_(p)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(net(x), by_hand(net, x, 0.3), rtol=1e-11, atol=1e-11)
-    assert [len(part.blocks) for part in net.units if not isinstance(part, PoolAndPad)] == [7, 6, 5]
+    assert [len(part.blocks) for part in net.stages if not isinstance(part, PoolAndPad)] == [7, 6, 5]
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -37,7 +37,7 @@ def test_every_network_can_be_asked_for(name):
 def test_settings_reach_the_network():
     config = TrainConfig(model="hamiltonian74", h=0.05, engine="store", exact=True)
     with torch.device("meta"):
-        chain = make_network(config, 10, 1).units[0]
+        chain = make_network(config, 10, 1).stages[0]
     assert (chain.scheme, chain.engine, chain.exact) == (reversa.Hamiltonian(0.05), reversa.Store(), True)
     with torch.device("meta"):
         network = make_network(TrainConfig(model="momentumresnet18", gamma=0.5), 10, 1)

@@ -41,5 +41,5 @@ def _row(name: str, classes: int) -> dict[str, Any]:
         "name": name,
         "parameters": sum(p.numel() for p in network.parameters()),
         "reversible_steps": sum(len(chain.functions) for chain in chains),
-        "settings": list(models.settings(name)),
+        "settings": list(models.settings_of(name)),
     }

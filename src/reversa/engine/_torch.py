@@ -102,7 +102,8 @@ def orderly(hook: Callable[P, R]) -> Callable[P, R]:
 
 
 def _empty_queue() -> None:
-    torch.zeros((), requires_grad=True).neg().backward()
+    with torch.enable_grad():
+        torch.zeros((), device="cpu", requires_grad=True).neg().backward()
 
 
 _skipped: set[CodeType] = set()

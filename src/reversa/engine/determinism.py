@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reversa.errors import BlockError, ReversaError
+from reversa.errors import BlockError
 from reversa.schemes import Scheme
 
 
@@ -24,15 +24,19 @@ def deterministic(scheme: Scheme, device: torch.device) -> AbstractContextManage
     return _deterministic(device) if scheme.exact else nullcontext()
 
 
+# How PyTorch's own errors are known.
+_NO_ALGORITHM, _NOT_SET_UP = "does not have a deterministic implementation", "CUBLAS_WORKSPACE_CONFIG"
+
+
 @contextmanager
 def _deterministic(device: torch.device) -> Generator[None]:
     try:
         with _SETTING, _cudnn() if device.type == "cuda" else nullcontext():
             yield
     except RuntimeError as error:
-        if isinstance(error, ReversaError) or "determinis" not in str(error):
-            raise
-        raise BlockError(_refusal(str(error), device)) from error
+        if any(words in str(error) for words in (_NO_ALGORITHM, _NOT_SET_UP)):
+            raise BlockError(_refusal(str(error), device)) from error
+        raise
 
 
 class _Setting:
@@ -70,7 +74,7 @@ def _cudnn() -> AbstractContextManager[None]:
 
 def _refusal(reason: str, device: torch.device) -> str:
     """What PyTorch said, in terms of what it means here."""
-    if "CUBLAS_WORKSPACE_CONFIG" in reason:
+    if _NOT_SET_UP in reason:
         what = (
             "PyTorch promises them for CUDA's matrix products only where the environment variable "
             "CUBLAS_WORKSPACE_CONFIG is :4096:8 or :16:8. Set it before Python starts "
@@ -78,9 +82,9 @@ def _refusal(reason: str, device: torch.device) -> str:
         )
     else:
         what = (
-            f"{reason.split(' does not have')[0]} has no deterministic algorithm on {device.type}: the backward pass "
-            "could see others, and give a wrong gradient. Use another operation, leave this function out of the chain, "
-            "or use exact=False."
+            f"{reason.split(_NO_ALGORITHM)[0].strip()} has no deterministic algorithm on {device.type}: the backward "
+            "pass could see other bits, and give a wrong gradient. Use another operation, leave this function out of "
+            "the chain, or use exact=False."
         )
     return (
         f"exact=True needs the same bits of a residual function twice, and {what} To run it all the same, call "

@@ -22,7 +22,8 @@ SHAPES = 16
 class Compiled(Generic[P, R]):
     """A function of tensors and numbers, compiled at its first call with tensors of a shape, layout and type.
 
-    Where that fails it is run as it is, and a warning says so, once.
+    Where that fails it is run as it is, and a warning says so, once. It is run as it is, too, with keywords, with
+    subclasses of tensors, and inside the transforms of ``torch.func``.
     """
 
     def __init__(self, function: Callable[P, R]) -> None:
@@ -32,7 +33,8 @@ class Compiled(Generic[P, R]):
         self.fails = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self.fails or transforms_active() or any(isinstance(a, Tensor) and type(a) is not Tensor for a in args):
+        others = any(isinstance(a, Tensor) and type(a) is not Tensor for a in args)
+        if self.fails or kwargs or others or transforms_active():
             return self.function(*args, **kwargs)
         try:
             # A number would be a constant of the graph, and scales differ from step to step.

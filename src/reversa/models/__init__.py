@@ -63,22 +63,19 @@ def names() -> list[str]:
     return sorted(MODELS)
 
 
-def settings(name: str) -> dict[str, Any]:
+def settings_of(name: str) -> dict[str, Any]:
     """The settings of a network by name, with their defaults.
 
     Raises:
         SettingError: no network has that name; the message lists the nearest ones.
 
-    >>> settings("hamiltonian218")["h"]
+    >>> settings_of("hamiltonian218")["h"]
     0.1
     """
     if name not in MODELS:
         raise SettingError(nearest(name, names(), "model"))
     parameters = inspect.signature(MODELS[name]).parameters
     return {key: parameter.default for key, parameter in parameters.items() if key != "num_classes"}
-
-
-_settings = settings  # create() has an argument of that name
 
 
 def create(name: str, num_classes: int = 10, **settings: Any) -> nn.Module:
@@ -96,7 +93,7 @@ def create(name: str, num_classes: int = 10, **settings: Any) -> nn.Module:
     >>> len(net.chains)
     3
     """
-    known = _settings(name)
+    known = settings_of(name)
     for setting in settings:
         if setting not in known:
             raise SettingError(nearest(setting, known, f"setting of {name}"))
@@ -115,5 +112,5 @@ __all__ = [
     "SimpleHamiltonianNet",
     "create",
     "names",
-    "settings",
+    "settings_of",
 ]

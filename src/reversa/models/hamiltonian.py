@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from reversa.engine import Engine
 from reversa.errors import SettingError
 from reversa.exact import Arithmetic
 from reversa.models.functions import Antisymmetric, Bias, Kernel, Symmetric
-from reversa.models.layers import Head, PoolAndPad, norm, stem
+from reversa.models.layers import Head, ImageClassifier, PoolAndPad, norm, stem
 from reversa.schemes import Hamiltonian, Leapfrog, Midpoint, Scheme
 from reversa.sequence import ReversibleSequence
 
@@ -20,7 +20,7 @@ from reversa.sequence import ReversibleSequence
 Between = Literal["bias", "batchnorm"]
 
 
-class HamiltonianNet(nn.Module):
+class HamiltonianNet(ImageClassifier):
     r"""Deep network whose blocks are Verlet steps of a Hamiltonian system.
 
     .. code-block:: text
@@ -66,7 +66,6 @@ class HamiltonianNet(nn.Module):
         engine: Engine | None = None,
         exact: bool | Arithmetic = False,
     ) -> None:
-        super().__init__()
         make, scheme = _between(between), Hamiltonian(h)
 
         def function(width: int, first: bool = False) -> Symmetric:
@@ -76,45 +75,36 @@ class HamiltonianNet(nn.Module):
         def block(width: int, first: bool) -> tuple[nn.Module, nn.Module]:
             return function(width, first), function(width)
 
-        self.stem = stem(channels, widths[0])
-        self.units = _units(widths, blocks, 2, lambda made: ReversibleSequence(made, scheme, exact, engine), block)
-        self.head = Head(widths[-1], num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores (N, num_classes) of images (N, channels, H, W)."""
-        return self.head(self.units(self.stem(x)))
+        units = _units(widths, blocks, 2, lambda made: ReversibleSequence(made, scheme, exact, engine), block)
+        super().__init__(stem(channels, widths[0]), units, Head(widths[-1], num_classes))
 
 
-class _OneStream(nn.Module):
+class _OneStream(ImageClassifier):
     """What midpoint and leapfrog networks share: every block is one function of all channels."""
+
+    scheme: ClassVar[Callable[[float], Scheme]]
+    function: ClassVar[type[Symmetric | Antisymmetric]]
 
     def __init__(
         self,
-        num_classes: int,
-        channels: int,
-        widths: Sequence[int],
-        blocks: Sequence[int],
-        scheme: Scheme,
-        kind: type[Symmetric | Antisymmetric],
-        between: Between,
-        engine: Engine | None,
-        exact: bool | Arithmetic,
+        num_classes: int = 10,
+        channels: int = 3,
+        widths: Sequence[int] = (32, 32, 64, 112),
+        blocks: Sequence[int] = (4, 4, 4),
+        h: float = 0.1,
+        between: Between = "bias",
+        engine: Engine | None = None,
+        exact: bool | Arithmetic = False,
     ) -> None:
-        super().__init__()
-        make = _between(between)
-        self.stem = stem(channels, widths[0])
-        self.units = _units(
+        make, scheme, function = _between(between), type(self).scheme(h), self.function
+        units = _units(
             widths,
             blocks,
             1,
             lambda made: ReversibleSequence(made, scheme, exact, engine),
-            lambda width, first: kind(Kernel(width), make(width)),
+            lambda width, first: function(Kernel(width), make(width)),
         )
-        self.head = Head(widths[-1], num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores (N, num_classes) of images (N, channels, H, W)."""
-        return self.head(self.units(self.stem(x)))
+        super().__init__(stem(channels, widths[0]), units, Head(widths[-1], num_classes))
 
 
 class MidpointNet(_OneStream):
@@ -142,18 +132,8 @@ class MidpointNet(_OneStream):
     535258
     """
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        channels: int = 3,
-        widths: Sequence[int] = (32, 32, 64, 112),
-        blocks: Sequence[int] = (4, 4, 4),
-        h: float = 0.1,
-        between: Between = "bias",
-        engine: Engine | None = None,
-        exact: bool | Arithmetic = False,
-    ) -> None:
-        super().__init__(num_classes, channels, widths, blocks, Midpoint(h), Antisymmetric, between, engine, exact)
+    scheme = Midpoint
+    function = Antisymmetric
 
 
 class LeapfrogNet(_OneStream):
@@ -165,18 +145,8 @@ class LeapfrogNet(_OneStream):
     535258
     """
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        channels: int = 3,
-        widths: Sequence[int] = (32, 32, 64, 112),
-        blocks: Sequence[int] = (4, 4, 4),
-        h: float = 0.1,
-        between: Between = "bias",
-        engine: Engine | None = None,
-        exact: bool | Arithmetic = False,
-    ) -> None:
-        super().__init__(num_classes, channels, widths, blocks, Leapfrog(h), Symmetric, between, engine, exact)
+    scheme = Leapfrog
+    function = Symmetric
 
 
 _BETWEEN: dict[str, Callable[[int], nn.Module]] = {"bias": Bias, "batchnorm": norm}
@@ -197,7 +167,7 @@ def _units(
     streams: int,
     chain: Callable[[list[Block]], nn.Module],
     block: Callable[[int, bool], Block],
-) -> nn.Sequential:
+) -> list[nn.Module]:
     """A chain for each width, with a transition between them.
 
     The first block of a unit is computed before the transition, so that it belongs to the chain before.
@@ -208,4 +178,4 @@ def _units(
         if unit > 0:
             made.append(PoolAndPad(widths[unit], width, 2, streams))
         made.append(chain([block(width, unit == 0 and i == 0) for i in range(number)]))
-    return nn.Sequential(*made)
+    return made

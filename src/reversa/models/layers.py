@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +13,42 @@ from reversa.errors import SettingError, StateError
 from reversa.models.functions import convolution
 
 # Shapes in this file: N images, C channels, H x W pixels.
+
+
+class Place(NamedTuple):
+    """Where a residual block stands in a network."""
+
+    block: int
+    """Its number, from 1 on."""
+    blocks: int
+    """How many there are."""
+    narrow: int
+    """Channels before it."""
+    wide: int
+    """Channels behind it."""
+    stride: int
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether the block can be a reversible step."""
+        return self.narrow == self.wide and self.stride == 1
+
+
+def places(width: int, widths: Sequence[int], blocks: Sequence[int]) -> list[list[Place]]:
+    """The blocks of each stage: its first block changes the width and, but for the first stage, halves the resolution.
+
+    >>> [place.stride for stage in places(16, (16, 32), (2, 2)) for place in stage]
+    [1, 1, 2, 1]
+    """
+    made: list[list[Place]] = []
+    block = 0
+    for stage, (wide, number) in enumerate(zip(widths, blocks, strict=True)):
+        made.append([])
+        for i in range(number):
+            block += 1
+            made[-1].append(Place(block, sum(blocks), width, wide, 2 if i == 0 and stage > 0 else 1))
+            width = wide
+    return made
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -25,6 +64,18 @@ def stem(channels: int, width: int, large: bool = False) -> nn.Sequential:
     if not large:
         return nn.Sequential(convolution(channels, width, 3), norm(width), nn.ReLU())
     return nn.Sequential(convolution(channels, width, 7, 2), norm(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+
+
+class ImageClassifier(nn.Module):
+    """What all networks here are: a stem, stages (or units) one after another, and a head that tells classes."""
+
+    def __init__(self, stem: nn.Module, stages: Iterable[nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.stages, self.head = stem, nn.Sequential(*stages), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (N, num_classes) of images (N, channels, H, W)."""
+        return self.head(self.stages(self.stem(x)))
 
 
 class Head(nn.Module):
@@ -71,3 +122,8 @@ class PoolAndPad(nn.Module):
         if not self.padding:
             return x
         return torch.cat([F.pad(part, (0, 0, 0, 0, *[self.padding] * 2)) for part in x.chunk(self.parts, 1)], 1)
+
+
+def shortcut(narrow: int, wide: int, stride: int, projects: bool) -> nn.Module:
+    """What goes past a block that changes the shape: a 1x1 convolution, or :class:`PoolAndPad`."""
+    return convolution(narrow, wide, 1, stride) if projects else PoolAndPad(narrow, wide, stride)

@@ -11,6 +11,7 @@ from reversa.engine import Engine
 from reversa.errors import SettingError
 from reversa.exact import Arithmetic
 from reversa.models.functions import at_depth
+from reversa.models.layers import ImageClassifier, Place, places
 from reversa.models.resnet import ResidualBlock
 from reversa.schemes import Momentum
 from reversa.sequence import ReversibleSequence
@@ -18,7 +19,14 @@ from reversa.sequence import ReversibleSequence
 # Shapes in this file: N images, C channels, H x W pixels.
 
 
-class MomentumResNet(nn.Module):
+class MeanHead(nn.Linear):
+    """(N, C, H, W) -> (N, num_classes): mean over the pixels, linear."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.mean((2, 3)))
+
+
+class MomentumResNet(ImageClassifier):
     r"""ResNet of the original kind (convolution, BN, ReLU), whose stages are Momentum chains.
 
     .. code-block:: text
@@ -67,38 +75,32 @@ class MomentumResNet(nn.Module):
         engine: Engine | None = None,
         exact: bool | Arithmetic = False,
     ) -> None:
-        super().__init__()
         if init not in ("zero", "learned"):
             raise SettingError(f"the first velocity is 'zero' or 'learned', got {init!r}")
+
+        def function(place: Place) -> nn.Module:
+            return _function(place.narrow, place.wide, place.stride, narrows, groups)
+
+        def transition(place: Place) -> nn.Module:
+            return ResidualBlock(function(place), nn.Sequential(*_conv(place.narrow, place.wide, 1, place.stride)))
+
+        def stage(blocks: Sequence[Place]) -> nn.Module:
+            inside = [place for place in blocks if place.keeps_shape]
+            functions = [at_depth(function(place), place.block, place.blocks, survival) for place in inside]
+            parts = [transition(place) for place in blocks if not place.keeps_shape]
+            if functions:
+                first = function(inside[0]) if init == "learned" else "zero"
+                parts.append(ReversibleSequence(functions, Momentum(gamma, first), exact, engine))
+            return nn.Sequential(*parts)
+
+        stages = places(64, [64 * 2**stage * (4 if narrows else 1) for stage in range(len(blocks))], blocks)
         size, stride = (7, 2) if large else (3, 1)
         pool = [nn.MaxPool2d(3, 2, 1)] if large else []
-        self.stem = nn.Sequential(*_conv(channels, 64, size, stride), nn.ReLU(), *pool)
-        self.stages = nn.ModuleList()
-        width, block = 64, 0
-        for stage, number in enumerate(blocks):
-            wide = 64 * 2**stage * (4 if narrows else 1)
-            parts, functions = list[nn.Module](), list[nn.Module]()
-            for i in range(number):
-                block += 1
-                stride = 2 if i == 0 and stage > 0 else 1
-                f = _function(width, wide, stride, narrows, groups)
-                if width == wide and stride == 1:
-                    functions.append(at_depth(f, block, sum(blocks), survival))
-                else:
-                    parts.append(ResidualBlock(f, nn.Sequential(*_conv(width, wide, 1, stride))))
-                width = wide
-            first = _function(wide, wide, 1, narrows, groups) if init == "learned" and functions else "zero"
-            if functions:
-                parts.append(ReversibleSequence(functions, Momentum(gamma, first), exact, engine))
-            self.stages.append(nn.Sequential(*parts))
-        self.head = nn.Linear(width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores (N, num_classes) of images (N, channels, H, W)."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.head(x.mean((2, 3)))
+        super().__init__(
+            nn.Sequential(*_conv(channels, 64, size, stride), nn.ReLU(), *pool),
+            map(stage, stages),
+            MeanHead(stages[-1][-1].wide, num_classes),
+        )
 
 
 def _function(narrow: int, wide: int, stride: int, narrows: bool, groups: int) -> nn.Sequential:

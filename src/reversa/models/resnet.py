@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from reversa.models.functions import at_depth, basic, bottleneck, convolution
-from reversa.models.layers import Head, PoolAndPad, stem
+from reversa.models.functions import at_depth, basic, bottleneck
+from reversa.models.layers import Head, ImageClassifier, Place, places, shortcut, stem
 
 # Shapes in this file: N images, C channels, H x W pixels.
 
@@ -24,7 +24,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + self.residual(x)
 
 
-class ResNet(nn.Module):
+class ResNet(ImageClassifier):
     """Pre-activation ResNet, as the RevNet authors built it for their comparison.
 
     .. code-block:: text
@@ -62,37 +62,17 @@ class ResNet(nn.Module):
         groups: int = 1,
         survival: float = 1.0,
     ) -> None:
-        super().__init__()
-        self.stem = stem(channels, widths[0], large)
-        self.stages = nn.ModuleList()
         make = partial(bottleneck, groups=groups) if narrows else basic
-        width, block = widths[0], 0
-        for stage, (wide, number) in enumerate(zip(widths[1:], blocks, strict=True)):
-            wide *= 4 if narrows else 1
-            made: list[nn.Module] = []
-            for i in range(number):
-                stride = 2 if i == 0 and stage > 0 else 1
-                block += 1
-                residual, shortcut = (
-                    make(width, wide, stride, activate=block > 1),
-                    _shortcut(width, wide, stride, narrows),
-                )
-                if isinstance(shortcut, nn.Identity):
-                    residual = at_depth(residual, block, sum(blocks), survival)
-                made.append(ResidualBlock(residual, shortcut))
-                width = wide
-            self.stages.append(nn.Sequential(*made))
-        self.head = Head(width, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores (N, num_classes) of images (N, channels, H, W)."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.head(x)
+        def block(place: Place) -> nn.Module:
+            residual = make(place.narrow, place.wide, place.stride, activate=place.block > 1)
+            if place.keeps_shape:
+                return ResidualBlock(at_depth(residual, place.block, place.blocks, survival), nn.Identity())
+            return ResidualBlock(residual, shortcut(place.narrow, place.wide, place.stride, projects=narrows))
 
-
-def _shortcut(narrow: int, wide: int, stride: int, narrows: bool) -> nn.Module:
-    if narrow == wide and stride == 1:
-        return nn.Identity()
-    return convolution(narrow, wide, 1, stride) if narrows else PoolAndPad(narrow, wide, stride)
+        stages = places(widths[0], [width * (4 if narrows else 1) for width in widths[1:]], blocks)
+        super().__init__(
+            stem(channels, widths[0], large),
+            (nn.Sequential(*map(block, stage)) for stage in stages),
+            Head(stages[-1][-1].wide, num_classes),
+        )

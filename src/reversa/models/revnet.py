@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from reversa.engine import Engine
 from reversa.exact import Arithmetic
-from reversa.models.functions import at_depth, basic, bottleneck, convolution
-from reversa.models.layers import Head, PoolAndPad, stem
+from reversa.models.functions import at_depth, basic, bottleneck
+from reversa.models.layers import Head, ImageClassifier, Place, places, shortcut, stem
 from reversa.schemes import RevNet as RevNetScheme
 from reversa.sequence import ReversibleSequence
 
@@ -35,7 +35,7 @@ class RevNetTransition(nn.Module):
         return torch.cat((one, self.shortcuts[1](two) + self.g(one)), 1)
 
 
-class RevNet(nn.Module):
+class RevNet(ImageClassifier):
     """The reversible residual network, whose streams are the halves of the channels.
 
     .. code-block:: text
@@ -80,40 +80,25 @@ class RevNet(nn.Module):
         engine: Engine | None = None,
         exact: bool | Arithmetic = False,
     ) -> None:
-        super().__init__()
         make = partial(bottleneck, groups=groups) if narrows else basic
-        self.stem = stem(channels, widths[0], large)
-        self.stages = nn.ModuleList()
-        width, block = widths[0], 0
-        for stage, (wide, number) in enumerate(zip(widths[1:], blocks, strict=True)):
-            wide *= 4 if narrows else 1
-            pairs: list[tuple[nn.Module, nn.Module]] = []
-            parts: list[nn.Module] = []
-            for i in range(number):
-                stride = 2 if i == 0 and stage > 0 else 1
-                block += 1
-                f = make(width // 2, wide // 2, stride, activate=block > 1)
-                g = make(wide // 2, wide // 2)
-                if width == wide and stride == 1:
-                    pairs.append((at_depth(f, block, sum(blocks), survival), at_depth(g, block, sum(blocks), survival)))
-                else:
-                    parts.append(RevNetTransition(f, g, [_shortcut(width, wide, stride, narrows) for _ in range(2)]))
-                width = wide
-            if pairs:
-                parts.append(ReversibleSequence(pairs, RevNetScheme(), exact, engine))
-            self.stages.append(nn.Sequential(*parts))
-        self.head = Head(width, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores (N, num_classes) of images (N, channels, H, W)."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.head(x)
+        def pair(place: Place) -> tuple[nn.Module, nn.Module]:
+            half = place.wide // 2
+            return make(place.narrow // 2, half, place.stride, activate=place.block > 1), make(half, half)
 
+        def transition(place: Place) -> nn.Module:
+            halves = place.narrow // 2, place.wide // 2
+            return RevNetTransition(*pair(place), [shortcut(*halves, place.stride, projects=narrows) for _ in range(2)])
 
-def _shortcut(narrow: int, wide: int, stride: int, narrows: bool) -> nn.Module:
-    """For one stream."""
-    if narrows:
-        return convolution(narrow // 2, wide // 2, 1, stride)
-    return PoolAndPad(narrow // 2, wide // 2, stride)
+        def stage(blocks: Sequence[Place]) -> nn.Module:
+            pairs = [
+                tuple(at_depth(f, place.block, place.blocks, survival) for f in pair(place))
+                for place in blocks
+                if place.keeps_shape
+            ]
+            parts = [transition(place) for place in blocks if not place.keeps_shape]
+            chain = [ReversibleSequence(pairs, RevNetScheme(), exact, engine)] if pairs else []
+            return nn.Sequential(*parts, *chain)
+
+        stages = places(widths[0], [width * (4 if narrows else 1) for width in widths[1:]], blocks)
+        super().__init__(stem(channels, widths[0], large), map(stage, stages), Head(stages[-1][-1].wide, num_classes))

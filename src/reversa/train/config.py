@@ -146,7 +146,7 @@ class TrainConfig:
         Raises:
             SettingError: a setting that the network does not have.
         """
-        takes = set(models.settings(self.model))
+        takes = set(models.settings_of(self.model))
         given: dict[str, Any] = {"engine": self.make_engine()} if "engine" in takes else {}
         asked = ("depth", "width", "scheme", "gamma", "h")
         own: dict[str, Any] = {name: getattr(self, name) for name in asked if getattr(self, name) is not None}
@@ -165,7 +165,7 @@ class TrainConfig:
 
     def complete(self) -> TrainConfig:
         """The same settings with the network's or the scheme's own gamma and h written out."""
-        settings = models.settings(self.model)
+        settings = models.settings_of(self.model)
         has = vars(make_scheme(self.scheme, self.gamma, self.h)) if self.scheme else settings
         return replace(
             self, **{name: has[name] for name in ("gamma", "h") if getattr(self, name) is None and name in has}
