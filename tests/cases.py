@@ -46,19 +46,41 @@ def input_for(scheme: Scheme, *shape: int, dtype: torch.dtype = torch.float32) -
     return torch.randn(batch, width, *rest, dtype=dtype, requires_grad=True)
 
 
+class Share(nn.Module):
+    """A share of a function's value: of its first part, where it returns several."""
+
+    def __init__(self, f: Callable[..., Any], share: float) -> None:
+        super().__init__()
+        self.f, self.share = f, share
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self.f(x, *args, **kwargs)
+        return (self.share * output[0], *output[1:]) if isinstance(output, tuple) else self.share * output
+
+
 @dataclass(frozen=True)
 class Case:
     """A scheme of the library, and the same rule in the oracle."""
 
     scheme: Scheme
     rule: Callable[..., Any]
+    share: float = 1.0
+    """What the chain takes of each function, for a scheme that wants contractions."""
+
+    def tolerance(self, least: float, depth: int = DEPTH) -> float:
+        """What rounding errors of that size may become: a chain of few steps keeps no states in between."""
+        return least * min(self.scheme.amplification, 2) ** min(depth, DEPTH)
+
+    def functions(self, fs: Sequence[Callable[..., Any]]) -> list[Any]:
+        """The functions as the scheme takes them; the rule of the oracle is given those from before."""
+        return list(fs) if self.share == 1 else [Share(f, self.share) for f in fs]
 
     @property
     def halves(self) -> bool:
         return not self.scheme.carries_input
 
     def sequence(self, fs: Sequence[nn.Module], engine: Any = None) -> reversa.ReversibleSequence:
-        return chain(self.scheme, fs, engine=engine)
+        return chain(self.scheme, self.functions(fs), engine=engine)
 
     def with_engine(self, engine: Any) -> Callable[..., Any]:
         """The chain, called like a rule of the oracle."""
@@ -77,6 +99,14 @@ CASES: dict[str, Case] = {
     "midpoint": Case(reversa.Midpoint(), oracle.midpoint),
     "leapfrog": Case(reversa.Leapfrog(), oracle.leapfrog),
     "irevnet": Case(reversa.IRevNet(), oracle.irevnet),
+    "affine": Case(reversa.AffineCoupling(), oracle.affine),
+    "iresnet": Case(reversa.IResNet(), oracle.iresnet, share=0.1),
+    "reversibleheun": Case(reversa.ReversibleHeun(), oracle.reversible_heun),
+    "mccallumfoster": Case(reversa.McCallumFoster(0.9), partial(oracle.mccallum_foster, coupling=0.9)),
+    "bdia": Case(reversa.BDIA(), partial(oracle.bdia, random=True)),
+    "bdia-plus": Case(reversa.BDIA(random=False), oracle.bdia),
+    "dr2net": Case(reversa.Dr2Net(), oracle.dr2net),
+    "dr2net-0": Case(reversa.Dr2Net(1, 0), partial(oracle.dr2net, alpha=1, beta=0)),
 }
 
 ENGINES: dict[str, Engine] = {

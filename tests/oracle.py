@@ -102,6 +102,76 @@ def irevnet(fs: Sequence[Rule], x: Tensor, *args: Any, dim: int = 1, **kw: Any) 
     return rejoin(output, torch.cat([x1, x2], dim))
 
 
+def affine(fs: Sequence[Rule], x: Tensor, *args: Any, dim: int = 1, bound: float = 1.0, **kw: Any) -> Any:
+    """Dinh et al. 2017, eq. 7, 8, with a bounded s: y1 = x1, y2 = x2 exp(s(x1)) + t(x1); then the other way round."""
+    x1, x2 = x.chunk(2, dim)
+    output = None
+    for i, (big_s, big_t) in enumerate(zip(fs[::2], fs[1::2], strict=True)):
+        fixed, moved = (x1, x2) if i % 2 == 0 else (x2, x1)
+        s = bound * torch.tanh(carried(big_s(fixed, *args, **kw), x) / bound)
+        output = big_t(fixed, *args, **kw)
+        moved = moved * torch.exp(s) + carried(output, x)
+        x1, x2 = (fixed, moved) if i % 2 == 0 else (moved, fixed)
+    return rejoin(output, torch.cat([x1, x2], dim))
+
+
+def iresnet(fs: Sequence[Rule], x: Tensor, *args: Any, share: float = 0.1, **kw: Any) -> Any:
+    """Behrmann et al. 2019: x' = x + g(x), here with a share of f for g."""
+    output = None
+    for f in fs:
+        output = f(x, *args, **kw)
+        x = x + share * carried(output, x)
+    return rejoin(output, x)
+
+
+def reversible_heun(fs: Sequence[Rule], x: Tensor, *args: Any, h: float = 0.1, **kw: Any) -> Any:
+    """Kidger et al. 2021, algorithm 1 without noise: three registers, of which one is a slope."""
+    y, hat = x, x
+    output = fs[0](hat, *args, **kw)
+    slope = carried(output, x)
+    if len(fs) == 1:  # no step, for which it would take two
+        return rejoin(output, x + h / 2 * slope)
+    for f in fs[1:]:
+        hat = 2 * y - hat + h * slope
+        output = f(hat, *args, **kw)
+        new = carried(output, x)
+        y = y + h / 2 * (slope + new)
+        slope = new
+    return rejoin(output, y)
+
+
+def mccallum_foster(fs: Sequence[Rule], x: Tensor, *args: Any, coupling: float = 0.999, **kw: Any) -> Any:
+    """McCallum and Foster 2024: y' = l y + (1 - l) z + F(z), z' = z + G(y')."""
+    y, z = x, x
+    output = None
+    for big_f, big_g in zip(fs[::2], fs[1::2], strict=True):
+        y = coupling * y + (1 - coupling) * z + carried(big_f(z, *args, **kw), x)
+        output = big_g(y, *args, **kw)
+        z = z + carried(output, x)
+    return rejoin(output, y)
+
+
+def bdia(fs: Sequence[Rule], x: Tensor, *args: Any, gamma: float = 0.5, random: bool = False, **kw: Any) -> Any:
+    """Zhang et al. 2025, eq. 10: x[k+1] = g x[k-1] + (1 - g) x[k] + (1 + g) f(x[k]), first x + f(x); g = +- gamma."""
+    shape = (len(fs), x.shape[0], *[1] * (x.dim() - 1))
+    gammas = gamma * (2 * torch.randint(0, 2, shape) - 1 if random else torch.ones(shape)).to(x.dtype)
+    before, output = None, None
+    for f, g in zip(fs, gammas, strict=True):
+        output = f(x, *args, **kw)
+        value = carried(output, x)
+        x, before = x + value if before is None else g * before + (1 - g) * x + (1 + g) * value, x
+    return rejoin(output, x)
+
+
+def dr2net(fs: Sequence[Rule], x: Tensor, *args: Any, alpha: float = 0.3, beta: float = 0.7, **kw: Any) -> Any:
+    """Zhao et al. 2024: x' = f(x) + alpha x + y, y' = beta x, from y = 0."""
+    y, output = torch.zeros_like(x), None
+    for f in fs:
+        output = f(x, *args, **kw)
+        x, y = carried(output, x) + alpha * x + y, beta * x
+    return rejoin(output, x)
+
+
 class Plain(nn.Module):
     """A rule over the functions of a ``ReversibleSequence``, under the same parameter names."""
 

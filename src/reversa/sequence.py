@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -144,9 +145,20 @@ class ReversibleSequence(nn.Module):
         In exact arithmetic every bit is that of the state given to :meth:`forward_state`.
 
         Raises:
-            StateError: in exact arithmetic, the state is not one that :meth:`forward_state` returned.
+            StateError: the scheme drew random numbers on the way forth, or nothing is left of what a step wiped out;
+                in exact arithmetic, the state is not one that :meth:`forward_state` returned.
         """
         scheme = self.scheme_for(state[0])
+        if self.training and self.scheme.random:
+            raise StateError(
+                f"{self.scheme} draws random numbers in training, which are no part of the state: use {self.scheme} "
+                "with random=False, or take the states from states()"
+            )
+        if scheme.amplification == math.inf:
+            raise StateError(
+                f"a step of {scheme} wipes out the state before the last one, which cannot be computed back. "
+                "exact=True keeps it."
+            )
         if isinstance(scheme, ExactScheme):
             last, remainder = scheme.taken(state, len(self.functions))
             return scheme.first(self._back(scheme, _in_grad_mode, last, args, kwargs), remainder)
@@ -161,10 +173,10 @@ class ReversibleSequence(nn.Module):
         kwargs: dict[str, Any],
     ) -> State:
         for step, f in reversed(list(enumerate(self.functions))):
-            argument, rest = scheme.uncover(state, step)
             with AsRecorded([Watch(f)], f"step {step}"):
-                value = mode(f)(argument, *args, **kwargs)
-            state = scheme.inverse(argument, rest, value, step)
+                value = partial(_with_extras, mode(f), args, kwargs)
+                argument, rest = scheme.search(state, step, value)
+                state = scheme.inverse(argument, rest, value(argument), step)
         return state
 
     def states(self, x: Tensor, *args: Any, **kwargs: Any) -> list[State]:
@@ -185,7 +197,7 @@ class ReversibleSequence(nn.Module):
 
     def scheme_for(self, x: Tensor) -> Scheme:
         """The scheme in the arithmetic that it runs in."""
-        return run_with(self.scheme, self.exact, x)
+        return run_with(self.scheme.begun(x, len(self.functions), self.training), self.exact, x)
 
     def _checked(self, state: State) -> State:
         state = state[: self.scheme.num_streams] if self.exact else state
@@ -196,6 +208,10 @@ class ReversibleSequence(nn.Module):
                 "scheme.open(x) makes a state of an input."
             )
         return tuple(state)
+
+
+def _with_extras(f: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], argument: Tensor) -> Tensor:
+    return f(argument, *args, **kwargs)
 
 
 def _as_it_is(f: nn.Module) -> Callable[..., Tensor]:

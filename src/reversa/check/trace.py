@@ -26,7 +26,7 @@ class Stage(Protocol):
     engine: Engine
     exact: bool | Arithmetic
 
-    def scheme_for(self, x: Tensor) -> Scheme: ...
+    def scheme_for(self, x: Tensor, *training: bool) -> Scheme: ...
 
 
 Holder = ReversibleSequence | Stage
@@ -85,9 +85,9 @@ class Trace:
         self.drift = self.undo = self.repeat = NOTHING
         self._seen: dict[int, list[tuple[State, Tensor]]] = {}
 
-    def looked_at(self, scheme_for: Callable[[Tensor], Scheme], x: Tensor) -> Scheme:
+    def looked_at(self, scheme_for: Callable[..., Scheme], x: Tensor, *training: bool) -> Scheme:
         """The scheme that a chain runs in, looked at: an instance's attributes are found before its class's methods."""
-        scheme = scheme_for(x)
+        scheme = scheme_for(x, *training)
         spied = copy.copy(scheme)
         vars(spied).update(forward=partial(self._forward, scheme), inverse=partial(self._inverse, scheme))
         return spied

@@ -180,7 +180,7 @@ def _check_settings(model: nn.Module, scheme: Scheme, engine: Engine, exact: boo
     if not scheme.carries_input or scheme.functions_per_block != 1 or scheme.modules():
         raise SettingError(
             f"{scheme} cannot take over another model's blocks: conversion needs one function per block, a state that "
-            "begins with the whole input, and no parameters of its own. Use Momentum(gamma)."
+            "begins with the whole input, and no parameters of its own. Use Momentum(gamma), BDIA() or Dr2Net()."
         )
     check_exact(scheme, exact)
     engine.begin(scheme, 1)  # refuses what cannot be made step by step

@@ -44,9 +44,9 @@ class Stage:
         """The scheme in the arithmetic that it runs in with states of that type."""
         return run_in(self.scheme, self.exact, dtype, dtype)
 
-    def scheme_for(self, x: Tensor) -> Scheme:
+    def scheme_for(self, x: Tensor, training: bool) -> Scheme:
         """The scheme in the arithmetic that it runs in with this input, now."""
-        return run_with(self.scheme, self.exact, x)
+        return run_with(self.scheme.begun(x, self.length, training), self.exact, x)
 
     def begin(self, scheme: Scheme) -> Steps:
         """A new chain."""

@@ -236,7 +236,7 @@ def _step(block: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kw
     x, others, named, key = _take_carried(block, args, kwargs)
     call = original.forward if place.compiled is None else _compiled(original, tuple(sorted(place.compiled.items())))
     with continued(place, x) as link:
-        scheme = stage.scheme_for(x) if link is None else link.steps.scheme
+        scheme = stage.scheme_for(x, block.training) if link is None else link.steps.scheme
         if isinstance(scheme, ExactScheme):
             scheme.way_back = stage.engine.inverts and is_recording()
         state: State = scheme.open(x) if link is None else (x if link.head is None else link.head, *link.hidden)

@@ -20,21 +20,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 from reversa.engine import _torch
 from reversa.engine.conditions import RandomState, random_state, same_random_state
 from reversa.engine.determinism import deterministic
+from reversa.engine.extras import Extras
 from reversa.engine.finite import all_finite, is_finite, refuse_not_finite, total
 from reversa.engine.kept import Cursor, KeptState
 from reversa.engine.replay import (
     CHANGED_OUTPUT,
     Evaluation,
-    Extras,
     Saved,
     Unit,
+    evaluate_again,
     no_backward,
     refuse_changed_later,
-    refuse_other_tensors,
     replaying,
 )
 from reversa.engine.sample import Sample
-from reversa.engine.steps import carried_value, first_tensor, refuse_in_place
+from reversa.engine.steps import carried_value, refuse_in_place
 from reversa.engine.verify import Hashes
 from reversa.errors import ReplayError, ReversaError
 from reversa.schemes import Scheme, State
@@ -101,9 +101,11 @@ class Chain:
                 value = carried_value(output, argument, evaluation)
                 refuse_in_place(argument, version, evaluation)
                 evaluation.watch.settle(evaluation)
+                after = evaluation.multiplied(self.scheme, state, value) if self.scheme.multiplies else None
             finally:
                 _torch.pop_hooks()
-            after = self.scheme.forward(state, value, number)  # which refuses what integers do not hold
+            if after is None:
+                after = self.scheme.forward(state, value, number)  # which refuses what integers do not hold
         except BaseException:
             del self._saved[self._starts[-1] :]
             raise
@@ -204,8 +206,7 @@ class Chain:
             self._forth(cursor)
         units: list[Unit] = []
         if cursor.step == last:
-            argument = self.scheme.argument(cursor.state, self.first + last)
-            units.append(self._evaluate(last, argument)[0])
+            units.append(self._at(cursor)[0])
         while cursor.step > max(0, last + 1 - self.group):
             units.append(self._back(cursor))
         return units, cursor
@@ -246,41 +247,30 @@ class Chain:
     def _back(self, cursor: Cursor) -> Unit:
         """Move the cursor over one step backwards; what the step saved."""
         step, number = cursor.step - 1, self.first + cursor.step - 1
-        argument, rest = self.scheme.uncover(cursor.state, number)
+        argument, rest = self.scheme.search(cursor.state, number, self._steps[step].value)
         cursor.state = ()
-        saved, value = self._evaluate(step, argument)
-        cursor.step, cursor.state = step, self.scheme.inverse(argument, rest, value, number)
+        saved, _, cursor.state = self._evaluate(
+            step, argument, lambda value: self.scheme.inverse(argument, rest, value, number)
+        )
+        cursor.step = step
         if self._hashes is not None:
             self._hashes.compare(cursor.state, step, self._steps[step])
         return saved
 
     def _forth(self, cursor: Cursor) -> Tensor:
         """Move the cursor over one step forwards; the step's value."""
-        number = self.first + cursor.step
-        _, value = self._evaluate(cursor.step, self.scheme.argument(cursor.state, number))
-        cursor.step, cursor.state = cursor.step + 1, self.scheme.forward(cursor.state, value, number)
+        _, value, state = self._at(cursor)
+        cursor.step, cursor.state = cursor.step + 1, self.scheme.forward(state, value, self.first + cursor.step)
         return value
 
-    def _evaluate(self, step: int, argument: Tensor) -> tuple[Unit, Tensor]:
-        """Evaluate ``f`` of a step once more: the tensors that it saves, and its value."""
-        evaluation = self._steps[step]
-        leaf = evaluation.as_given(argument).requires_grad_(evaluation.needs_grad)
-        tensors: list[Tensor] = []
-        _torch.set_grad_enabled(True)
-        _torch.push_hooks(tensors.append, no_backward)
-        try:
-            value = first_tensor(evaluation.again(leaf))
-            captured: list[Tensor | None] = [*tensors]
-            saved = [(tensor.shape, tensor.dtype, tensor._version) for tensor in tensors]
-        finally:
-            _torch.pop_hooks()
-            _torch.set_grad_enabled(False)
-            # Autograd keeps the hook, the hook keeps this list: a graph that it reached would never be freed.
-            tensors.clear()
-        if saved != (expected := self._saved[self._starts[step] : self._starts[step + 1]]):
-            refuse_other_tensors(evaluation, leaf, expected, saved, captured)
-        evaluation.stand_ins = ()
-        return Unit(captured, saved), value if value.dtype == argument.dtype else value.to(argument.dtype)
+    def _at(self, cursor: Cursor) -> tuple[Unit, Tensor, State]:
+        """Evaluate ``f`` of the step that the cursor stands before."""
+        state = cursor.state
+        return self._evaluate(cursor.step, self.scheme.argument(state, self.first + cursor.step), lambda _: state)
+
+    def _evaluate(self, step: int, argument: Tensor, before: Callable[[Tensor], State]) -> tuple[Unit, Tensor, State]:
+        expected = self._saved[self._starts[step] : self._starts[step + 1]]
+        return evaluate_again(self._steps[step], self.scheme, argument, before, expected)
 
     def _refuse_not_finite(self, state: State, recovered: bool) -> None:
         if not all_finite(state):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,8 +15,8 @@ from reversa.engine import _torch
 from reversa.engine.chain import Chain
 from reversa.engine.determinism import deterministic
 from reversa.engine.drift import accept, anchor_interval, tolerance
+from reversa.engine.extras import Extras
 from reversa.engine.policies import Engine
-from reversa.engine.replay import Extras
 from reversa.engine.sample import Sample
 from reversa.engine.steps import Function, Opening, Steps, is_recording, plain_step
 from reversa.engine.verify import Hashes
@@ -92,6 +93,8 @@ class Invert(Engine):
         """
         inverted = None if length is None else max(0, length - self.keep)
         wanted = anchor_interval(scheme, dtype, under) if self.anchors == "auto" else self.anchors
+        if wanted is not None and scheme.amplification == math.inf:
+            wanted = 1  # what a step wipes out cannot be computed back
         if wanted is None or inverted is None or inverted <= wanted:
             return wanted if inverted is None else None
         return -(-inverted // -(-inverted // wanted))

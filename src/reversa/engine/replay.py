@@ -10,21 +10,22 @@ leave no trace: statistics move once, the generator ends where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from reversa.engine import _torch
 from reversa.engine.conditions import RandomState, autocast_as, autocast_now, random_state, restore_random_state
-from reversa.engine.steps import Place
+from reversa.engine.extras import Extras
+from reversa.engine.steps import Place, first_tensor
 from reversa.engine.watch import Watch
 from reversa.errors import ReplayError
+from reversa.schemes import Scheme, State
 
 CHANGED_OUTPUT = (
     "the output of {where}, where a reversible chain ends, was changed in place before the backward pass, which starts "
@@ -55,79 +56,13 @@ def is_replaying() -> bool:
     return _replaying.get()
 
 
-class _Argument:
-    """Stands for the carried tensor inside recorded extra arguments."""
-
-
-_ARGUMENT = _Argument()
-
-
-class Extras:
-    """The arguments of a residual function beside the carried tensor.
-
-    They are recorded as detached aliases: an argument with a graph of its own would close a reference cycle through
-    autograd's nodes that no garbage collector sees. An alias shares its tensor's version counter.
-    """
-
-    __slots__ = ("_flat", "_recorded", "args", "kwargs")
-
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.args = args
-        self.kwargs = kwargs
-        self._flat: tuple[list[Any], TreeSpec] | None = None
-        self._recorded: Recorded | None = None
-
-    def record(self, argument: Tensor) -> Recorded | None:
-        """The arguments without their graphs, and with a placeholder where the carried tensor itself is among them."""
-        if not (self.args or self.kwargs):
-            return None
-        if self._flat is None:
-            self._flat = tree_flatten((self.args, dict(self.kwargs)))
-        leaves, spec = self._flat
-        if any(leaf is argument for leaf in leaves):
-            return Recorded(leaves, spec, argument)
-        if self._recorded is None:
-            self._recorded = Recorded(leaves, spec, None)
-        return self._recorded
-
-
-class Recorded:
-    """Extra arguments as detached aliases, and the versions that they had."""
-
-    __slots__ = ("leaves", "spec", "versions")
-
-    def __init__(self, leaves: list[Any], spec: TreeSpec, argument: Tensor | None) -> None:
-        self.leaves = [_alias(leaf, argument) for leaf in leaves]
-        self.spec = spec
-        tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
-        self.versions = [(tensor, tensor._version) for tensor in tensors]
-
-    def given(self, argument: Tensor, where: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments for another evaluation.
-
-        Raises:
-            ReplayError: one of them was changed in place since.
-        """
-        for tensor, version in self.versions:
-            if tensor._version != version:
-                raise ReplayError(
-                    f"{where}: an extra argument of shape {tuple(tensor.shape)} was changed in place between the "
-                    "forward and the backward pass. Change a copy of it, or call backward() first."
-                )
-        leaves = [argument if leaf is _ARGUMENT else leaf for leaf in self.leaves]
-        return cast(tuple[tuple[Any, ...], dict[str, Any]], tree_unflatten(leaves, self.spec))
-
-
-def _alias(leaf: Any, argument: Tensor | None) -> Any:
-    if leaf is argument and argument is not None:
-        return _ARGUMENT
-    return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-
-
 class Evaluation(Place):
     """One evaluation of one residual function, recorded so that it can be made again."""
 
-    __slots__ = ("autocast", "device", "extras", "f", "needs_grad", "random", "stand_ins", "stride", "watch")
+    __slots__ = (
+        *("autocast", "device", "extras", "f", "needs_grad", "random", "stand_ins", "streams_need_grad", "stride"),
+        "watch",
+    )
 
     def __init__(self, f: Callable[..., Any], argument: Tensor, extras: Extras, module: Any, number: int) -> None:
         self.f = f
@@ -141,6 +76,7 @@ class Evaluation(Place):
         self.autocast = autocast_now(argument.device)
         self.random: RandomState | None = None  # None: f drew no random numbers
         self.stand_ins: Sequence[Tensor] = ()
+        self.streams_need_grad: tuple[bool, ...] = ()  # where the scheme multiplies them
 
     def as_given(self, argument: Tensor) -> Tensor:
         """A recovered argument, laid out in memory as the first one was: kernels and compiled code depend on it."""
@@ -171,6 +107,25 @@ class Evaluation(Place):
             for action in reversed(undo):
                 action()
 
+    def value(self, argument: Tensor) -> Tensor:
+        """What ``f`` returns there, without a graph."""
+        value = first_tensor(self.again(self.as_given(argument)))
+        return value if value.dtype == argument.dtype else value.to(argument.dtype)
+
+    def multiplied(self, scheme: Scheme, state: State, value: Tensor) -> State:
+        """The scheme's own part of a step, of which autograd saves something."""
+        self.streams_need_grad = tuple(stream.requires_grad for stream in state)
+        return scheme.forward(state, value, self.number)
+
+    def multiplied_again(self, scheme: Scheme, state: State, argument: Tensor, value: Tensor) -> None:
+        """The same with a state that was recovered, and so with the graph that it had."""
+        streams = tuple(
+            argument if stream is argument else stream.detach().requires_grad_(needs)
+            for stream, needs in zip(state, self.streams_need_grad, strict=True)
+        )
+        self.stand_ins = (*self.stand_ins, *streams)
+        scheme.forward(streams, value, self.number)
+
 
 Saved = list[tuple[torch.Size, torch.dtype, int]]
 """Shape, data type and version of every tensor that an evaluation saved, in order."""
@@ -181,6 +136,49 @@ class Unit(NamedTuple):
 
     tensors: list[Tensor | None]
     saved: Saved
+
+
+def evaluate_again(
+    evaluation: Evaluation, scheme: Scheme, argument: Tensor, before: Callable[[Tensor], State], expected: Saved
+) -> tuple[Unit, Tensor, State]:
+    """Evaluate the ``f`` of a step once more.
+
+    Args:
+        evaluation: the first evaluation.
+        scheme: the update rule.
+        argument: what ``f`` is evaluated at.
+        before: makes the state before the step from the value of ``f``.
+        expected: what the step saved the first time.
+
+    Returns:
+        The tensors that the step saves, the value of ``f``, and the state before the step.
+
+    Raises:
+        ReplayError: it saves others than the first time.
+    """
+    leaf = evaluation.as_given(argument).requires_grad_(evaluation.needs_grad)
+    tensors: list[Tensor] = []
+    state: State | None = None
+    _torch.set_grad_enabled(True)
+    _torch.push_hooks(tensors.append, no_backward)
+    try:
+        value = first_tensor(evaluation.again(leaf))
+        value = value if value.dtype == argument.dtype else value.to(argument.dtype)
+        if scheme.multiplies:
+            with torch.no_grad():
+                state = before(value)
+            evaluation.multiplied_again(scheme, state, leaf, value)
+        captured: list[Tensor | None] = [*tensors]
+        saved = [(tensor.shape, tensor.dtype, tensor._version) for tensor in tensors]
+    finally:
+        _torch.pop_hooks()
+        _torch.set_grad_enabled(False)
+        # Autograd keeps the hook, the hook keeps this list: a graph that it reached would never be freed.
+        tensors.clear()
+    if saved != expected:
+        refuse_other_tensors(evaluation, leaf, expected, saved, captured)
+    evaluation.stand_ins = ()
+    return Unit(captured, saved), value, before(value) if state is None else state
 
 
 def refuse_other_tensors(

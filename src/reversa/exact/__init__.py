@@ -12,7 +12,9 @@ from reversa.exact.base import ExactScheme
 from reversa.exact.fixed import FixedPoint
 from reversa.exact.momentum import IntegratingFactor
 from reversa.exact.ratio import InformationBuffer, Ratio
+from reversa.exact.registers import IntegratingFactors
 from reversa.schemes import Momentum, Scheme
+from reversa.schemes.registers import Registers
 
 __all__ = ["Arithmetic", "ExactScheme", "FixedPoint", "Ratio", "check_exact", "exact_scheme", "run_in", "run_with"]
 
@@ -33,6 +35,8 @@ def exact_scheme(scheme: Scheme, arithmetic: Arithmetic) -> ExactScheme:
         return InformationBuffer(scheme, arithmetic)
     if isinstance(scheme, Momentum):
         return IntegratingFactor(scheme, arithmetic)
+    if isinstance(scheme, Registers) and not scheme.whole:
+        return IntegratingFactors(scheme, arithmetic)
     return Additive(scheme, arithmetic)
 
 

@@ -66,6 +66,12 @@ class ExactScheme(Scheme):
         """None: what is computed back has the same bits."""
         return 0.0
 
+    def spilled_tensors(self, steps: int) -> int:
+        """How many tensors the state has grown by after so many steps: each of one byte for every element, or as said
+        there.
+        """
+        return self.spilled_bytes(steps)
+
     def modules(self) -> tuple[nn.Module, ...]:
         return self.scheme.modules()
 
@@ -126,7 +132,7 @@ class ExactScheme(Scheme):
             StateError: it is not one that :meth:`shown` gave.
         """
         n = self.num_streams
-        length = 2 * n + self.spilled_bytes(steps)
+        length = 2 * n + self.spilled_tensors(steps)
         integers = state[n : 2 * n]
         if len(state) not in (length, length + n) or any(i.dtype != self.dtype for i in integers):
             raise StateError(

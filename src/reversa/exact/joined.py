@@ -12,8 +12,9 @@ from torch import Tensor
 
 from reversa.exact._torch import transforms_active
 
-Weights = tuple[tuple[float, ...], ...]
-"""A linear map: for each output, the weight of each input."""
+Weight = float | Tensor
+Weights = tuple[tuple[Weight, ...], ...]
+"""A linear map: for each output, the weight of each input: a number, or one for each sample."""
 
 
 class _Joined(torch.autograd.Function):
@@ -61,13 +62,16 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
 
 
 def _gradient(
-    weights: Sequence[float], grads: Sequence[Tensor | None], sums: dict[tuple[int, ...], Tensor]
+    weights: Sequence[Weight], grads: Sequence[Tensor | None], sums: dict[tuple[int, ...], Tensor]
 ) -> Tensor | None:
     """``sum(w * g)``. Mostly all weights are the same, and the sum of the gradients serves several inputs."""
-    terms = [(i, w, g) for i, (w, g) in enumerate(zip(weights, grads, strict=True)) if g is not None and w != 0]
+    pairs = enumerate(zip(weights, grads, strict=True))
+    terms = [(i, w, g) for i, (w, g) in pairs if g is not None and (isinstance(w, Tensor) or w != 0)]
     if not terms:
         return None
     (_, first, total), *rest = terms
+    if any(isinstance(w, Tensor) for _, w, _ in terms):
+        return cast(Tensor, sum(w * g for _, w, g in terms))
     if all(w == first for _, w, _ in rest):
         key = tuple(i for i, _, _ in terms)
         if key not in sums:
@@ -77,7 +81,7 @@ def _gradient(
         return sums[key] if first == 1 else first * sums[key]
     total = first * total
     for _, w, g in rest:
-        total = torch.add(total, g, alpha=w)
+        total = torch.add(total, g, alpha=cast(float, w))
     return total
 
 

@@ -85,6 +85,19 @@ def moved(
     return integer, real(integer, unit, value.dtype)
 
 
+def blended(
+    P: Tensor, c: Tensor, value: Tensor, pull: Tensor | float, push: Tensor | float, unit: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """``P + round(c * pull) + round(value * push)``, and this times ``unit`` as real numbers."""
+    integer = increased(increased(P, c, pull), value, push)
+    return integer, real(integer, unit, value.dtype)
+
+
+def unblended(N: Tensor, c: Tensor, value: Tensor, pull: Tensor | float, push: Tensor | float) -> Tensor:
+    """``N - round(c * pull) - round(value * push)``: undoes :func:`blended`."""
+    return decreased(decreased(N, value, push), c, pull)
+
+
 def separated(X: Tensor, Y: Tensor, row: Sequence[int], unit: Tensor | float, dtype: torch.dtype) -> Tensor:
     """``row @ (X, Y)`` times ``unit``, as real numbers."""
     return real(combined((X, Y), row), unit, dtype)

@@ -128,7 +128,7 @@ def residual_function(width: int) -> nn.Sequential:
 def _chain(
     scheme: Scheme, engine: Engine | None, exact: bool | Arithmetic, width: int, blocks: int
 ) -> ReversibleSequence:
-    own = width if scheme.carries_input else width // scheme.num_streams
+    own = width if scheme.carries_input else width // 2  # the streams are halves
     per_block = scheme.functions_per_block
     functions = [tuple(residual_function(own) for _ in range(per_block)) for _ in range(blocks)]
     return ReversibleSequence([f if per_block > 1 else f[0] for f in functions], scheme, exact, engine)

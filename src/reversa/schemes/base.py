@@ -31,8 +31,7 @@ class Scheme(ABC):
     (:meth:`uncover`, :meth:`inverse`). The two halves of each are separate because whoever runs the
     scheme (an engine) evaluates ``f`` in between, exactly once in each direction.
 
-    Every operation must be differentiable by autograd and save no tensor of the state's size
-    (additions, multiplications by Python numbers, ``lerp`` with a Python weight).
+    Every operation must be differentiable by autograd.
     """
 
     source: ClassVar[str]
@@ -48,6 +47,15 @@ class Scheme(ABC):
 
     exact: ClassVar[bool] = False
     """Computed in integers: every bit comes back (:mod:`reversa.exact`)."""
+
+    multiplies: ClassVar[bool] = False
+    """:meth:`forward` multiplies streams with each other, so that autograd saves them: an engine that keeps no states
+    computes them back as well. All other schemes save nothing of the state's size: additions, multiplications by Python
+    numbers or by one number for each sample, ``lerp`` with a Python weight.
+    """
+
+    random: bool = False
+    """:meth:`begun` draws random numbers in training."""
 
     @property
     def amplification(self) -> float:
@@ -89,6 +97,16 @@ class Scheme(ABC):
         """Learned modules that open the state (whoever holds the scheme registers them)."""
         return ()
 
+    def begun(self, x: Tensor, steps: int | None, training: bool) -> Scheme:
+        """The scheme of one run: with its random numbers drawn where it has any, and knowing how many steps come.
+
+        Args:
+            x: the input.
+            steps: number of steps of the run, where it is known.
+            training: whether the residual functions are in training mode.
+        """
+        return self
+
     @abstractmethod
     def open(self, x: Tensor) -> State:
         """The state before the first step, from the input."""
@@ -112,20 +130,29 @@ class Scheme(ABC):
         Streams that are not needed any more are left out, so that their memory is free while ``f`` runs.
         """
 
+    def search(self, state: State, step: int, f: Residual) -> tuple[Tensor, State]:
+        """:meth:`uncover` for a scheme that has to evaluate ``f`` for it, as often as it takes."""
+        return self.uncover(state, step)
+
     @abstractmethod
     def inverse(self, argument: Tensor, rest: State, value: Tensor, step: int) -> State:
         """The state before the step, from :meth:`uncover`'s result and the value of ``f`` there."""
 
 
-def added(stream: Tensor, value: Tensor, weight: float) -> Tensor:
+def added(stream: Tensor, value: Tensor, weight: float | Tensor) -> Tensor:
     """``stream + weight * value`` in one kernel; as plain sums for numbers, of which exact arithmetic makes formulas,
-    and for nested tensors.
+    for nested tensors, and for a weight of its own for each sample.
     """
-    if weight == 1:
-        return stream + value
-    if isinstance(stream, Tensor) and not stream.is_nested:  # pyright: ignore[reportUnnecessaryIsInstance]
-        return torch.add(stream, value, alpha=weight)
-    return stream + weight * value
+    if isinstance(weight, Tensor) or not isinstance(stream, Tensor) or stream.is_nested:  # pyright: ignore[reportUnnecessaryIsInstance]
+        return stream + weight * value
+    if weight in (0, 1):
+        return stream + value if weight else stream
+    return torch.add(stream, value, alpha=weight)
+
+
+def times(stream: Tensor, weight: float | Tensor) -> Tensor:
+    """``weight * stream``; the stream itself for 1."""
+    return stream if isinstance(weight, (int, float)) and weight == 1 else weight * stream
 
 
 def halves(x: Tensor, dim: int, name: str) -> State:
@@ -183,7 +210,7 @@ def run(scheme: Scheme, residuals: Sequence[Residual], state: State) -> State:
 def run_back(scheme: Scheme, residuals: Sequence[Residual], state: State) -> State:
     """The inverse of :func:`run`: every step undone, last first."""
     for step in reversed(range(len(residuals))):
-        argument, rest = scheme.uncover(state, step)
+        argument, rest = scheme.search(state, step, residuals[step])
         state = scheme.inverse(argument, rest, residuals[step](argument), step)
     return state
 

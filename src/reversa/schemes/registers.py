@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
+import cmath
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reversa.errors import SettingError
-from reversa.schemes.base import Scheme, State, added, at_rest, check_step_size, halves
+from reversa.schemes.base import Scheme, State, added, at_rest, check_step_size, halves, times
+
+
+class Coefficients(NamedTuple):
+    """What the next state takes of the newest, of the one before it, and of the residual function."""
+
+    a: float | Tensor
+    b: float | Tensor
+    w: float | Tensor
 
 
 class Registers(Scheme):
     r"""A step that goes from the last two states to the next.
 
-    .. math:: c' = p + w f(c), \qquad p' = c
+    .. math:: c' = a c + b p + w f(c), \qquad p' = c
 
-    Inverse: :math:`c = p'`, then :math:`p = c' - w f(c)`. State ``(c, p)``, the newest first. No bits are lost.
+    Inverse: :math:`c = p'`, then :math:`p = (c' - a c - w f(c)) / b`. State ``(c, p)``, the newest first;
+    :math:`\log_2(1/|b|)` bits are lost.
+
+    A coefficient is a number, or a tensor of one number for each sample.
     """
 
+    carries_input: ClassVar[bool] = True
+
+    whole: ClassVar[bool] = False
+    """a and b are whole numbers in every step."""
+
     @abstractmethod
-    def weight(self, step: int) -> float:
-        """W of a step."""
+    def coefficients(self, step: int) -> Coefficients:
+        """a, b and w of a step."""
+
+    @property
+    def amplification(self) -> float:
+        r"""One over the smallest root of :math:`\mu^2 = a \mu + b`."""
+        a, b, _ = map(float, self.coefficients(1))
+        root = cmath.sqrt(a * a + 4 * b)
+        largest = max(abs(a + root), abs(a - root)) / 2  # the product of both is -b
+        return largest / abs(b) if b else math.inf
+
+    def close(self, state: State) -> Tensor:
+        return state[0]
 
     def argument(self, state: State, step: int) -> Tensor:
         return state[0]
 
     def forward(self, state: State, value: Tensor, step: int) -> State:
         c, p = state
-        return added(p, value, self.weight(step)), c
+        a, b, w = self.coefficients(step)
+        return added(added(times(p, b), c, a), value, w), c
 
     def uncover(self, state: State, step: int) -> tuple[Tensor, State]:
         new, c = state
         return c, (new,)
 
     def inverse(self, argument: Tensor, rest: State, value: Tensor, step: int) -> State:
-        return argument, added(rest[0], value, -self.weight(step))
+        a, b, w = self.coefficients(step)
+        if isinstance(b, (int, float)) and b == 0:  # nothing is left of it; nor did the step take anything of it
+            return argument, at_rest(argument)
+        return argument, times(added(added(rest[0], value, -w), argument, -a), 1 / b)
 
 
 @dataclass(frozen=True)
@@ -76,21 +109,18 @@ class Midpoint(Registers):
     init: Literal["euler", "zero"] = "euler"
 
     source: ClassVar[str] = "Chang et al., 2018, arXiv:1709.03698"
-    carries_input: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_step_size(self.h)
         if self.init not in ("euler", "zero"):
             raise SettingError(f"Midpoint's init must be 'euler' or 'zero', got {self.init!r}")
 
-    def weight(self, step: int) -> float:
-        return self.h if step == 0 and self.init == "euler" else 2 * self.h
+    def coefficients(self, step: int) -> Coefficients:
+        return Coefficients(0, 1, self.h if step == 0 and self.init == "euler" else 2 * self.h)
 
     def open(self, x: Tensor) -> State:
         return x, x if self.init == "euler" else at_rest(x)
-
-    def close(self, state: State) -> Tensor:
-        return state[0]
 
 
 @dataclass(frozen=True)
@@ -120,9 +150,11 @@ class IRevNet(Registers):
     dim: int = 1
 
     source: ClassVar[str] = "Jacobsen et al., 2018, arXiv:1802.07088"
+    carries_input: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
 
-    def weight(self, step: int) -> float:
-        return 1
+    def coefficients(self, step: int) -> Coefficients:
+        return Coefficients(0, 1, 1)
 
     def open(self, x: Tensor) -> State:
         one, two = halves(x, self.dim, "IRevNet")
