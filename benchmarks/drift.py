@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ def tables(results: Results, depths: Sequence[int], batch: int) -> list[report.T
         )
         for scheme in SCHEMES
     ]
-    rows = [
+    rows: list[Sequence[str]] = [
         (f"{label(scheme)}, {way.name}", *(same_bits(way, scheme, depth, batch) for depth in depths))
         for scheme in SCHEMES
         for way in EXACT
@@ -265,24 +265,15 @@ initialisation, loss `{loss}`. Depth counts residual functions.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer depths, and no picture")
-    parser.add_argument("--depths", type=int, nargs="+")
-    parser.add_argument("--batch", type=int, default=16)
-    args = parser.parse_args()
-    depths = args.depths or (QUICK if args.quick else FULL)
+    quick, depths, batch = report.depths_and_batch(__doc__, FULL, QUICK, batch=16)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", DriftWarning)
     warnings.simplefilter("ignore", FutureWarning)  # of the packages: names that PyTorch gives up
-    results = run(depths, args.batch)
-    made = tables(results, depths, args.batch)
-    for one in made:
-        one.show()
-    if not args.quick:
-        draw(results, depths)
-    notes = NOTES.format(batch=args.batch, loss="(y**2).mean()")
-    name = "drift_quick" if args.quick else "drift"
-    report.write(name, "How wrong are recovered states and gradients, by depth?", "cpu", made, notes, ["momentumnet"])
+    results = run(depths, batch)
+    made = tables(results, depths, batch)
+    notes = NOTES.format(batch=batch, loss="(y**2).mean()")
+    question = "How wrong are recovered states and gradients, by depth?"
+    report.finish("drift", question, made, notes, ["momentumnet"], None if quick else partial(draw, results, depths))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -88,7 +88,7 @@ def spilled_bits(network: reversa.ReversibleSequence, x: torch.Tensor) -> float:
     return sum(8 * word.nbytes for word in words) / x.numel()
 
 
-def theory(gamma: float, depth: int) -> float:
+def theory(gamma: float, depth: float) -> float:
     """Bits per element that the multiplications by gamma take away."""
     return -depth * math.log2(gamma)
 
@@ -206,15 +206,7 @@ the forward pass, the output included. Peak: in a training step with loss `(y**2
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer depths, and no picture")
-    parser.add_argument("--depths", type=int, nargs="+")
-    parser.add_argument("--batch", type=int, default=4096)
-    args = parser.parse_args()
-    depths = args.depths or (QUICK if args.quick else FULL)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", reversa.errors.DriftWarning)
+def run(depths: Sequence[int], batch: int) -> Results:
     results: Results = {}
     for gamma in GAMMAS:
         print(f"gamma = {gamma} ...", flush=True)
@@ -222,22 +214,26 @@ def main() -> None:
             known = GAMMAS[0] if way is STORE else gamma
             for depth in depths:
                 again = results.get((known, way.name, depth))
-                results[gamma, way.name, depth] = again or measure(way, gamma, depth, args.batch)
+                results[gamma, way.name, depth] = again or measure(way, gamma, depth, batch)
+    return results
+
+
+def main() -> None:
+    quick, depths, batch = report.depths_and_batch(__doc__, FULL, QUICK, batch=4096)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", reversa.errors.DriftWarning)
+    results = run(depths, batch)
     made = [
         spilled_table(results, depths),
         size_table("Held after the forward pass", "held", results, depths),
         size_table("Peak of a training step", "peak", results, depths),
         held_table(results, depths),
     ]
-    for one in made:
-        one.show()
-    if not args.quick:
-        draw(results, depths)
-    work = memory_workload("momentum", 1, batch=args.batch)
-    elements = args.batch * work.width
-    notes = NOTES.format(width=work.width, batch=args.batch, elements=elements, mib=4 * elements / MIB)
-    file = "exact_memory_quick" if args.quick else "exact_memory"
-    report.write(file, "What does an exact Momentum chain hold, by depth?", "cpu", made, notes, ())
+    work = memory_workload("momentum", 1, batch=batch)
+    elements = batch * work.width
+    notes = NOTES.format(width=work.width, batch=batch, elements=elements, mib=4 * elements / MIB)
+    question = "What does an exact Momentum chain hold, by depth?"
+    report.finish("exact_memory", question, made, notes, (), None if quick else partial(draw, results, depths))
 
 
 if __name__ == "__main__":

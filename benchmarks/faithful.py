@@ -6,7 +6,6 @@ docs/images/faithful.png.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import warnings
@@ -21,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
 import report
 import reversa
 from drift import relative
+from originals import Subject, blocks_in, checkpoint_blocks, subjects, with_relu_outside
 from reversa.engine import Engine
 from reversa.errors import DriftWarning, ReversaError, import_extra
 from reversa.exact import Arithmetic, FixedPoint
@@ -37,49 +36,6 @@ AS_IT_IS = nullcontext()
 
 
 # ------------------------------------------------------------------ who takes part
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model of torchvision's with random weights, and the images of its training step."""
-
-    name: str
-    make: Callable[[], nn.Module]
-    batch: int
-    pixels: int
-    classes: int = 1000
-
-    def build(self) -> nn.Module:
-        """The original in training mode: BatchNorm normalises with the batch's own statistics."""
-        torch.manual_seed(0)
-        model = self.make().train()
-        for head in (m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.any()):
-            nn.init.xavier_uniform_(head.weight)  # torchvision's ViT begins with zeros there: no gradient would pass
-        return model
-
-    def images(self) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(1)
-        return torch.randn(self.batch, 3, self.pixels, self.pixels), torch.randint(self.classes, (self.batch,))
-
-
-def subjects(quick: bool) -> list[Subject]:
-    vision = import_extra("torchvision.models", "vision")
-    if quick:
-        vit = partial(vision.VisionTransformer, 32, 8, 6, 4, 64, 128, num_classes=10)
-        return [Subject("ResNet-34", vision.resnet34, 4, 64), Subject("small ViT", vit, 8, 32, 10)]
-    return [Subject("ResNet-50", vision.resnet50, 4, 224), Subject("ViT-B/16", vision.vit_b_16, 2, 224)]
-
-
-def blocks_in(model: nn.Module) -> list[str]:
-    kinds = ("BasicBlock", "Bottleneck", "EncoderBlock")
-    return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
-
-
-def checkpoint_blocks(model: nn.Module, leave: Sequence[str] = ()) -> nn.Module:
-    """PyTorch's checkpoint (non-reentrant) around every residual block, but for those named."""
-    for block in (model.get_submodule(name) for name in blocks_in(model) if name not in leave):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return model
 
 
 @dataclass(frozen=True)
@@ -210,28 +166,6 @@ def run(subject: Subject, gammas: Sequence[float]) -> Results:
 # ------------------------------------------------------------------ where the ReLU stands
 
 
-def residual(block: nn.Module, x: Tensor) -> Tensor:
-    """What a block of torchvision's ResNet adds to its input, before the ReLU that ends it."""
-    for i in [i for i in "123" if hasattr(block, f"conv{i}")]:
-        x = block.get_submodule(f"bn{i}")(block.get_submodule(f"conv{i}")(x if i == "1" else x.relu()))
-    return x
-
-
-def with_relu_outside(model: nn.Module, stages: Sequence[Sequence[str]], gamma: float) -> nn.Module:
-    """Momentum around the bare residual, with the block's ReLU after the addition: x' = relu(x + v')."""
-    model = copy.deepcopy(model)
-
-    def forward(x: Tensor, block: nn.Module, velocity: list[Tensor]) -> Tensor:
-        velocity.append((1 - gamma) * residual(block, x) + (gamma * velocity.pop() if velocity else 0))
-        return (x + velocity[-1]).relu()
-
-    for names in stages:
-        velocity: list[Tensor] = []
-        for block in map(model.get_submodule, names):
-            block.forward = partial(forward, block=block, velocity=velocity)
-    return model
-
-
 @torch.no_grad()
 def relu_table(subject: Subject, gammas: Sequence[float]) -> report.Table:
     """Distances with the ReLU inside f, as conversion has it, and outside; down to a gamma near 0."""
@@ -332,22 +266,16 @@ is the cross entropy with random labels; float32.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small models, fewer gammas, and no picture")
-    args = parser.parse_args()
+    quick = report.parser(__doc__, "small models, fewer gammas, and no picture").parse_args().quick
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", DriftWarning)
-    gammas = QUICK if args.quick else FULL
-    measured = {subject: run(subject, gammas) for subject in subjects(args.quick)}
+    gammas = QUICK if quick else FULL
+    measured = {subject: run(subject, gammas) for subject in subjects(quick)}
     made = [step_table(subject, results) for subject, results in measured.items()]
     made.append(relu_table(next(iter(measured)), gammas))
-    for one in made:
-        one.show()
-    if not args.quick:
-        draw(measured, gammas)
-    name = "faithful_quick" if args.quick else "faithful"
     question = "How near is a converted model to the original, and what does it cost?"
-    report.write(name, question, "cpu", made, NOTES, ("torchvision",))
+    picture = None if quick else partial(draw, measured, gammas)
+    report.finish("faithful", question, made, NOTES, ("torchvision",), picture)
 
 
 if __name__ == "__main__":

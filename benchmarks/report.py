@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,3 +104,37 @@ def write(name: str, question: str, device: str, tables: Iterable[Table], notes:
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n")
     print(f"written: {path.relative_to(HERE.parent)}", flush=True)
     return path
+
+
+def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
+    """A parser that knows ``--quick``, and what that leaves out."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help=quick)
+    return made
+
+
+def depths_and_batch(
+    description: str | None, full: Sequence[int], quick: Sequence[int], batch: int
+) -> tuple[bool, Sequence[int], int]:
+    """Whether ``--quick`` is given, and what is to be measured: ``--depths``, ``--batch``."""
+    made = parser(description, "fewer depths, and no picture")
+    made.add_argument("--depths", type=int, nargs="+")
+    made.add_argument("--batch", type=int, default=batch)
+    args = made.parse_args()
+    return args.quick, args.depths or (quick if args.quick else full), args.batch
+
+
+def finish(
+    name: str,
+    question: str,
+    tables: Sequence[Table],
+    notes: str,
+    packages: Sequence[str],
+    picture: Callable[[], None] | None,
+) -> Path:
+    """Show the tables, draw the picture and write the result file; without a picture the run was a quick one."""
+    for table in tables:
+        table.show()
+    if picture is not None:
+        picture()
+    return write(name if picture else f"{name}_quick", question, "cpu", tables, notes, packages)

@@ -6,11 +6,23 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
+
+in_processes = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch is built without gloo"),
+]
+"""Marks of a test that starts processes."""
+
+needs_fsdp2 = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="FSDP2 on the CPU needs torch >= 2.9"
+)
 
 
 def in_two_processes(folder: Path, work) -> None:

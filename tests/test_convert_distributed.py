@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from cases import assert_same, gradients
@@ -17,10 +15,11 @@ from convert_cases import (
     perturbed,
     straight,
 )
-from processes import WORLD, in_two_processes
+from processes import WORLD, in_processes, in_two_processes, needs_fsdp2
 from reversa import Momentum
 from reversa.convert import convert, restore
 
+pytestmark = in_processes
 BATCH = 3
 
 
@@ -94,23 +93,10 @@ def _fsdp(rank: int) -> None:
                 optimiser.step()
 
 
-needs_gloo = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch is built without gloo"
-)
-
-
-@needs_gloo
-@pytest.mark.slow
-@pytest.mark.distributed
 def test_ddp(tmp_path):
     in_two_processes(tmp_path, _ddp)
 
 
-@needs_gloo
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="FSDP2 on the CPU needs torch >= 2.9"
-)
+@needs_fsdp2
 def test_fsdp2_for_each_block(tmp_path):
     in_two_processes(tmp_path, _fsdp)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
-import pickle
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from convert_cases import (
     small,
     train,
 )
+from copies import COPIES
 from reversa import Momentum
 from reversa.convert import convert, explain, restore
 from reversa.errors import ConversionError
@@ -76,31 +75,13 @@ def test_classes_look_like_the_originals():
     assert isinstance(model.layer1[1:], nn.Sequential)
 
 
-def through_deepcopy(model):
-    return copy.deepcopy(model)
-
-
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_a_file(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-copies = pytest.mark.parametrize("duplicate", [through_deepcopy, through_pickle, through_a_file])
-
-
-@copies
+@pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("used", [False, True])
-def test_a_copy_is_a_converted_model_of_its_own(duplicate, used):
+def test_a_copy_is_a_converted_model_of_its_own(copied, used):
     model, x = convert(small(), Momentum(0.6)), images(2, 48)
     if used:
         model(x).sum().backward()
-    twin = duplicate(model)
+    twin = COPIES[copied](model)
     assert type(twin.layer1[1]) is type(model.layer1[1])
     expected = train(model, model, x)  # moves the statistics of the one ...
     assert_same(train(twin, twin, x), expected, 0)  # ... and not of the other

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,13 +11,9 @@ from torch import nn
 import reversa
 from cases import CASES, Attention, assert_same, gradients, mlp
 from oracle import Plain
-from processes import WORLD, in_two_processes
+from processes import WORLD, in_processes, in_two_processes, needs_fsdp2
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch is built without gloo"),
-]
+pytestmark = in_processes
 BATCH = 4
 ENGINES = {"invert": reversa.Invert(), "one by one": reversa.Invert(group=1), "keep": reversa.Invert(keep=2)}
 
@@ -141,8 +136,6 @@ def _fsdp_work(rank: int) -> None:
                 optimizer.step()
 
 
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="FSDP2 on the CPU needs torch >= 2.9"
-)
+@needs_fsdp2
 def test_fsdp2_for_each_function(tmp_path):
     in_two_processes(tmp_path, _fsdp_work)

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
-from cases import CASES, DEPTH, ENGINES, INVERTERS, assert_same, gradients, loss_of, mlp
-from oracle import Plain
-
-NAMES = ["momentum", "revnet"]
-
-everywhere = pytest.mark.parametrize("engine", ENGINES)
-inverting = pytest.mark.parametrize("engine", INVERTERS)
-both = pytest.mark.parametrize("case", NAMES)
-
-
-def pair(case: str, engine: str, depth: int = DEPTH):
-    """A chain and the oracle over a copy of its functions, and one input for each."""
-    found = CASES[case]
-    seq = found.sequence([mlp().double() for _ in range(depth)], ENGINES[engine])
-    plain = Plain(copy.deepcopy(seq.blocks), found.rule)
-    x = found.input(4, 6)
-    return seq, plain, x, x.detach().clone().requires_grad_()
+from cases import CASES, DEPTH, ENGINES, assert_same, gradients, loss_of
+from engine_cases import both, everywhere, pair
 
 
 @everywhere

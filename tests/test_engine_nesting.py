@@ -11,24 +11,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import reversa
-from cases import CASES, DEPTH, ENGINES, INVERTERS, assert_same, gradients, loss_of, mlp, step
+from cases import CASES, ENGINES, INVERTERS, assert_same, gradients, loss_of, mlp, step
+from engine_cases import both, everywhere, inverting, pair
 from oracle import Plain
-
-NAMES = ["momentum", "revnet"]
-
-everywhere = pytest.mark.parametrize("engine", ENGINES)
-inverting = pytest.mark.parametrize("engine", INVERTERS)
-both = pytest.mark.parametrize("case", NAMES)
-
-
-def pair(case: str, engine: str, depth: int = DEPTH):
-    """A chain and the oracle over a copy of its functions, and one input for each."""
-    found = CASES[case]
-    seq = found.sequence([mlp().double() for _ in range(depth)], ENGINES[engine])
-    plain = Plain(copy.deepcopy(seq.blocks), found.rule)
-    x = found.input(4, 6)
-    return seq, plain, x, x.detach().clone().requires_grad_()
-
 
 # ---------------------------------------------------------------------- chains among others
 

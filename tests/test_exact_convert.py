@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -28,6 +26,7 @@ from convert_cases import (
     taps,
     train,
 )
+from copies import COPIES
 from exact_cases import FIXED, assert_bit_equal
 from reversa import Invert, Momentum, Offload, Recompute, Store
 from reversa.convert import convert, explain, restore
@@ -196,10 +195,7 @@ def test_copies_files_and_keys():
     exact, stored = both(model, 0.5)
     assert list(exact.state_dict()) == keys
     expected = train(stored, stored, x)
-    file = io.BytesIO()
-    torch.save(exact, file)
-    file.seek(0)
-    for other in (copy.deepcopy(exact), pickle.loads(pickle.dumps(exact)), torch.load(file, weights_only=False)):
+    for other in (copied(exact) for copied in COPIES.values()):
         assert_bit_equal(train(other, other, x), expected)
         assert list(other.state_dict()) == keys
     fresh = convert(looped(depth=6), Momentum(0.5), exact=True)

@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
@@ -28,9 +27,9 @@ from cases import (
     no_collector,
 )
 from exact_cases import assert_bit_equal, step
+from processes import WORLD, in_processes, in_two_processes, needs_fsdp2
 from reversa.errors import ReplayError, ReversaError
 from reversa.exact import FixedPoint
-from test_distributed import BATCH, WORLD, in_two_processes
 
 SCHEMES = {
     "momentum": reversa.Momentum(0.9),
@@ -600,7 +599,7 @@ def _pair(scheme: str, make=mlp, width: int = 6):
     model = Model(scheme, make, width)
     stored = copy.deepcopy(model)
     stored.chain.engine = STORE
-    return model, stored, torch.randn(WORLD * BATCH, *((4,) if make is Attention else ()), model.stem.in_features)
+    return model, stored, torch.randn(4 * WORLD, *((4,) if make is Attention else ()), model.stem.in_features)
 
 
 def _losses(model, x):
@@ -633,11 +632,12 @@ def _fsdp_work(rank: int) -> None:
         assert_bit_equal(*full)
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch is built without gloo")
-@pytest.mark.parametrize("work", [_ddp_work, _fsdp_work], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        pytest.param(_ddp_work, id="ddp", marks=in_processes),
+        pytest.param(_fsdp_work, id="fsdp2", marks=[*in_processes, needs_fsdp2]),
+    ],
+)
 def test_two_processes(tmp_path, work):
-    if work is _fsdp_work and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
-        pytest.skip("FSDP2 on the CPU needs torch >= 2.9")
     in_two_processes(tmp_path, work)

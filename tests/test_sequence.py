@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch import nn
 
 import reversa
 from cases import CASES, DEPTH, ENGINES, WithExtra, assert_same, conv, error, gradients, loss_of, mlp
+from copies import COPIES, pickled
 from oracle import Plain
 from reversa.schemes import SCHEMES
 
@@ -91,18 +90,7 @@ def test_a_frozen_chain_over_a_plain_input_builds_no_graph(engine):
 # ---------------------------------------------------------------------- copies and files
 
 
-def _pickled(module):
-    return pickle.loads(pickle.dumps(module))
-
-
-def _saved(module):
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _saved], ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("when", ["before", "after a step", "between forward and backward"])
 @everywhere
 @schemes
@@ -115,7 +103,7 @@ def test_copies(case, engine, when, copied):
             loss_of(y).backward()
             x.grad = None
             seq.zero_grad()
-    twin = copied(seq)
+    twin = COPIES[copied](seq)
     assert repr(twin) == repr(seq)
     assert twin.engine == seq.engine
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in seq.parameters()}
@@ -147,7 +135,7 @@ def test_a_learned_opening_is_registered_copied_and_moved_with_the_module():
     init = nn.Linear(6, 6)
     seq = reversa.ReversibleSequence([mlp() for _ in range(3)], reversa.Momentum(0.9, init=init))
     assert {"openers.0.weight", "openers.0.bias"} <= set(seq.state_dict())
-    for twin in (copy.deepcopy(seq), _pickled(seq)):
+    for twin in (copy.deepcopy(seq), pickled(seq)):
         x = torch.randn(4, 6)
         with torch.no_grad():
             for p in init.parameters():
