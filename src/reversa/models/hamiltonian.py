@@ -171,7 +171,12 @@ def _units(
     """A chain for each width, with a transition between them.
 
     The first block of a unit is computed before the transition, so that it belongs to the chain before.
+
+    Raises:
+        SettingError: the stem's width is not the first unit's.
     """
+    if widths[0] != widths[1]:
+        raise SettingError(f"the first unit has the channels of the stem: widths[0] = widths[1], got {tuple(widths)}")
     made: list[nn.Module] = []
     for unit, width in enumerate(widths[1:]):
         number = blocks[unit] - (unit > 0) + (unit + 1 < len(blocks))

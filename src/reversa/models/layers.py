@@ -15,6 +15,13 @@ from reversa.models.functions import convolution
 # Shapes in this file: N images, C channels, H x W pixels.
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes below 1, by a SettingError."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise SettingError(f"{name} must be at least 1, got {size}")
+
+
 class Place(NamedTuple):
     """Where a residual block stands in a network."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from reversa.engine import Engine
 from reversa.errors import SettingError
 from reversa.exact import Arithmetic
+from reversa.models.layers import check_sizes
 from reversa.schemes import Momentum, Scheme
 from reversa.sequence import ReversibleSequence
 
@@ -64,7 +65,7 @@ class ReversibleResNet(nn.Module):
         exact: bool | Arithmetic = False,
     ) -> None:
         super().__init__()
-        _check(num_classes=num_classes, channels=channels, width=width, stages=stages, depth=depth)
+        check_sizes(num_classes=num_classes, channels=channels, width=width, stages=stages, depth=depth)
         if depth < stages:
             raise SettingError(f"depth={depth} blocks cannot fill {stages} stages: choose depth >= {stages}")
         if width % 2:
@@ -132,9 +133,3 @@ def _chain(
     per_block = scheme.functions_per_block
     functions = [tuple(residual_function(own) for _ in range(per_block)) for _ in range(blocks)]
     return ReversibleSequence([f if per_block > 1 else f[0] for f in functions], scheme, exact, engine)
-
-
-def _check(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise SettingError(f"{name} must be at least 1, got {size}")
