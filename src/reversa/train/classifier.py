@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 
+from reversa.regularise import parameter_groups
 from reversa.train.checkpoint import MARK, make_network
 from reversa.train.config import TrainConfig
 
@@ -50,9 +51,7 @@ class Classifier(LightningModule):
         self.log_dict(values, batch_size=len(labels))
 
     def configure_optimizers(self) -> Any:
-        decayed = [p for p in self.network.parameters() if p.ndim > 1]
-        free = [p for p in self.network.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        groups = parameter_groups(self.network, self.config.weight_decay)
         optimizer = torch.optim.SGD(groups, self.config.lr, momentum=0.9, nesterov=True)
         schedule = OneCycleLR(optimizer, self.config.lr, total_steps=self.steps, pct_start=0.3)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
