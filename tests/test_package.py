@@ -117,7 +117,8 @@ def blocks_of(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
 
 
-EXAMPLES = [code for page in ("README.md", "docs/exact.md", "docs/models.md") for code in blocks_of(page)]
+PAGES = ("README.md", "docs/exact.md", "docs/models.md", "docs/stability.md")
+EXAMPLES = [code for page in PAGES for code in blocks_of(page)]
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.strip().splitlines()[-1][:40])
