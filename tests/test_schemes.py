@@ -264,7 +264,8 @@ def test_first_steps_that_nobody_knows():
 
 
 @pytest.mark.parametrize(
-    ("scheme", "f"), [(reversa.Hamiltonian(0.5), 1.0), (Midpoint(0.5), None), (Leapfrog(0.5), 2.0)]
+    ("scheme", "f"),
+    [(reversa.Hamiltonian(0.5), 1.0), (Midpoint(0.5), None), (reversa.ReversibleHeun(0.5), None), (Leapfrog(0.5), 2.0)],
 )
 def test_linear_stability_is_as_declared(scheme, f):
     """Inside the region that the docstring names, ten thousand linear steps stay bounded; outside they do not."""
@@ -276,6 +277,27 @@ def test_linear_stability_is_as_declared(scheme, f):
             fs = [lambda y: -y] * 10_000
         last = run(scheme, fs, scheme.open(x))[0].abs().max()
         assert bool(last < 100 * x.abs().max()) == bounded
+
+
+@pytest.mark.parametrize(
+    ("scheme", "inside", "outside"),
+    [
+        (Momentum(0.9), [(-37.9,), (-0.01,)], [(-38.1,), (0.01,)]),
+        (Momentum(0.5), [(-5.9,)], [(-6.1,)]),
+        (reversa.RevNet(), [(1.9, -2.0), (-0.1, 0.1)], [(2.1, -2.0), (0.1, 0.1)]),
+        (reversa.AdditiveCoupling(), [(1.9, -2.0), (-0.1, 0.1)], [(2.1, -2.0), (0.1, 0.1)]),
+        (reversa.BDIA(random=False), [(-0.66,), (-0.01,)], [(-0.68,), (0.01,)]),
+        (reversa.Dr2Net(0.3, 0.7), [(-0.59,), (-0.01,)], [(-0.61,), (0.01,)]),
+        (reversa.IResNet(0.9), [(-0.9,)], [(0.01,)]),
+    ],
+    ids=str,
+)
+def test_stability_for_real_slopes_is_as_declared(scheme, inside, outside):
+    x = torch.randn(1, 4, dtype=torch.float64)
+    for slopes, bounded in [(s, True) for s in inside] + [(s, False) for s in outside]:
+        fs = [lambda y, a=a: a * y for a in slopes] * (4000 // len(slopes))
+        last = max(float(stream.abs().max()) for stream in run(scheme, fs, scheme.open(x)))
+        assert (last < 1e3) == bounded, slopes
 
 
 # ---------------------------------------------------------------------- couplings

@@ -26,6 +26,8 @@ class IResNet(Scheme):
     The functions must keep to L themselves: :mod:`reversa.models.lipschitz` makes them do. State ``(x,)``; the output
     is the last x.
 
+    Linear stability: for a real :math:`f = \lambda` with :math:`-L \le \lambda \le 0`.
+
     A rounding error of x' comes back up to :math:`1 / (1 - L)` times as large, in each step, which is what the drift
     law counts with: with L = 0.9 and float32 ``Invert()`` keeps a state for every three steps.
 

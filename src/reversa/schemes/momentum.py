@@ -24,7 +24,8 @@ class Momentum(Scheme):
     each way. State ``(x, v)``, both of the input's shape; the output is the last ``x``.
 
     Each inverse step multiplies rounding errors of ``v`` by :math:`1 / \gamma`, so the drift grows like
-    :math:`\gamma^{-k}` over k steps, and :math:`\log_2(1/\gamma)` bits per element are lost in each step.
+    :math:`\gamma^{-k}` over k steps, and :math:`\log_2(1/\gamma)` bits per element are lost in each step. Linear
+    stability: for a real :math:`f = \lambda` with :math:`-2 (1 + \gamma) / (1 - \gamma) \le \lambda \le 0`.
 
     Args:
         gamma: weight of the old velocity, in (0, 1]. Near 0 the network is the plain residual network

@@ -21,8 +21,8 @@ class ReversibleHeun(Registers):
     .. math:: \hat y_{n+1} = 2 y_n - \hat y_n + h f_n(\hat y_n), \qquad
         y_{n+1} = y_n + \tfrac h2 \big(f_n(\hat y_n) + f_{n+1}(\hat y_{n+1})\big)
 
-    from :math:`\hat y_0 = y_0 = x`. L functions, one for each point in time, make L - 1 steps of size h (one alone makes
-    :math:`x + \frac h2 f(x)`); for one function of time put it L times into the chain.
+    from :math:`\hat y_0 = y_0 = x`. L functions, one for each point in time, make L - 1 steps of size h (one alone
+    makes :math:`x + \frac h2 f(x)`); for one function of time put it L times into the chain.
 
     Put into each other, the two lines say :math:`\hat y_{n+1} = \hat y_{n-1} + 2 h f_n(\hat y_n)`, after an Euler step,
     and :math:`y_n = \frac12 (\hat y_n + \hat y_{n-1}) + \frac h2 f_n(\hat y_n)`: the midpoint rule, with another last
