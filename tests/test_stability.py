@@ -141,7 +141,10 @@ class Field(nn.Module):
         return self.sigma(x @ (self.K - self.K.T).T + self.b)
 
 
-@pytest.mark.parametrize("sigma", [nn.Identity(), torch.tanh, torch.sigmoid, nn.functional.softplus], ids=str)
+RISING = {"identity": nn.Identity(), "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}
+
+
+@pytest.mark.parametrize("sigma", RISING.values(), ids=RISING)
 def test_midpoints_field_has_an_imaginary_spectrum_for_rising_activations(sigma):
     values = spectrum(Field(sigma), torch.randn(1, 7))
     assert values.real.abs().max() < 1e-10
