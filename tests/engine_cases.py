@@ -28,8 +28,9 @@ def pair(case: str, engine: str, depth: int = DEPTH):
     return seq, plain, x, x.detach().clone().requires_grad_()
 
 
-def sample_bytes(scheme: Scheme, x: torch.Tensor) -> int:
-    """What a chain holds of its first argument once more, to compare with what comes back."""
+def sample_bytes(scheme: Scheme, x: torch.Tensor, depth: int = 1) -> int:
+    """What a chain holds of its arguments once more, to compare with what comes back: of steps 0, 16, 128, ..."""
     state = scheme.open(x.detach())
     sample = Sample(scheme.argument(state, 0), state, tolerance=0.0)
-    return sum(part.nbytes for part in vars(sample).values() if isinstance(part, torch.Tensor))
+    number = sum(step < depth for step in (0, 16, 128, 1024))
+    return number * sum(part.nbytes for part in vars(sample).values() if isinstance(part, torch.Tensor))

@@ -86,6 +86,10 @@ def test_help_loads_torch_and_no_package_of_an_extra():
         (["check", "resnet18", "--scheme", "revnet", "--gamma", "0.5"], "has no gamma"),
         (["check", "resnet18", "--gamma", "7"], "(0, 1], got 7"),
         (["check", "resnet18", "--batch", "0"], "--batch must be at least 1"),
+        (["check", "vit_b_32"], "vit_b_32 does not take images of 64 x 64 pixels"),
+        (["check", "revnet38"], "reversa.check(reversa.models.create('revnet38'), images)"),
+        (["models", "--classes", "0"], "--classes must be at least 1, got 0"),
+        (["train", "--device", "mps"], "choose auto or cpu"),
     ],
 )
 def test_mistakes_are_a_message_and_status_2(capsys, arguments, message):

@@ -8,7 +8,7 @@ from torch import nn
 
 import reversa
 from reversa import models
-from reversa.errors import SettingError
+from reversa.errors import SettingError, StateError
 from reversa.schemes import SCHEMES
 
 
@@ -108,3 +108,25 @@ def test_names_are_those_of_the_table():
 def test_bad_settings(call, told):
     with pytest.raises(SettingError, match=told):
         call()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("reversibleresnet", {"scheme": "revnet"}, "scheme must be one of reversa.schemes.* got 'revnet'"),
+        ("resnet32", {"survival": 2}, r"must lie in \(0, 1\], got 2$"),
+        ("resnet32", {"blocks": 3}, "got blocks=3 for 3 widths"),
+        ("revnet38", {"blocks": (3, 3)}, r"got blocks=\(3, 3\) for 3 widths"),
+    ],
+)
+def test_settings_of_another_kind(name, settings, told):
+    with pytest.raises(SettingError, match=told):
+        models.create(name, **settings)
+
+
+@pytest.mark.parametrize("side", [8, 24, 33])
+def test_images_that_the_simple_network_does_not_take(side):
+    net = models.create("simplehamiltonian218", blocks=1)
+    with pytest.raises(StateError, match=rf"\(N, channels, 32, 32\), got \(1, 3, {side}, {side}\)"):
+        net(torch.ones(1, 3, side, side))
+    assert net(torch.ones(1, 3, 25, 32)).shape == (1, 10)

@@ -10,7 +10,7 @@ from torch import nn
 
 import reversa
 from cases import assert_same, error, gradients
-from reversa.errors import SettingError
+from reversa.errors import SettingError, StateError
 from reversa.models import NICE
 
 KINDS = pytest.mark.parametrize("coupling", ["additive", "affine"])
@@ -103,3 +103,11 @@ def test_the_papers_network():
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(SettingError, match=message):
         NICE(**settings)
+
+
+@pytest.mark.parametrize("x", [torch.ones(3, 4), torch.ones(3, 5), torch.ones(2), torch.ones(3, 2, dtype=torch.int64)])
+def test_vectors_that_do_not_fit(x):
+    flow = NICE(2, hidden=4)
+    for call in (flow.log_prob, flow.inverse):
+        with pytest.raises(StateError, match=r"vectors of floating-point numbers, \(N, 2\), got"):
+            call(x)

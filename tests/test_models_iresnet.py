@@ -453,6 +453,10 @@ def test_every_layer_is_bounded_after_training():
 def test_bad_input():
     with pytest.raises(StateError, match="5 x 6 pixels do not divide into squares of 2 x 2"):
         IResNet(**TINY)(torch.randn(2, 1, 5, 6))
+    with pytest.raises(StateError, match=r"features of shape \(N, 8, h, w\), got \(2, 3, 4, 4\)"):
+        IResNet(**TINY).invert(torch.randn(2, 3, 4, 4))
+    with pytest.raises(SettingError, match="Sequential has no layer to prepare"):
+        prepare(nn.Sequential(nn.Conv2d(1, 1, 3)), torch.randn(2, 1, 4, 4))
     with pytest.raises(SettingError, match=r"up to width=2.* got images of 3 channels"):
         IResNet(**TINY | {"channels": 3})
     with pytest.raises(SettingError, match=r"blocks=\(2,\), widths=\(4, 6\)"):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import reversa
-from reversa.errors import SettingError
+from reversa.errors import SettingError, StateError
 from reversa.models.lista import Lista, lasso, random_problem
 
 PENALTY = 0.1
@@ -179,3 +179,10 @@ def test_exact_arithmetic():
 def test_bad_settings(make, told):
     with pytest.raises(SettingError, match=told):
         make(problem()[0])
+
+
+@pytest.mark.parametrize("shape", [(4, 32), (16,)])
+def test_samples_that_do_not_fit(shape):
+    net = Lista(random_problem()[0], 3, PENALTY)
+    with pytest.raises(StateError, match=r"vectors of 16 numbers, \(N, 16\); got"):
+        net(torch.ones(shape))

@@ -156,7 +156,7 @@ def test_gradients_are_those_of_differences(kind):
 
 
 def test_refusals_of_layer_smoothness():
-    with pytest.raises(SettingError, match="holds no ReversibleSequence"):
+    with pytest.raises(SettingError, match="has no ReversibleSequence"):
         layer_smoothness(nn.Linear(2, 2))
     with pytest.raises(SettingError, match="step size"):
         layer_smoothness(hamiltonian(), h=0)

@@ -140,8 +140,13 @@ def test_a_batch_larger_than_the_data_is_refused():
         (["--lr", ".inf"], "lr must be a finite number above 0"),
         (["--seed", "-1"], "seed must lie between"),
         (["--epoch", "3"], "Did you mean: --epochs"),
-        (["--depth", "deep"], "depth"),
-        (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
+        (["--depth", "deep"], "depth must be a whole number or null, got deep"),
+        (["--gamma", "high"], "gamma must be a number or null, got high"),
+        (["--epochs", "1.5"], "epochs must be a whole number, got 1.5"),
+        (["--exact", "maybe"], "exact must be true or false, got maybe"),
+        (["--exact"], "--exact needs a value, for instance --exact true"),
+        (["revnet38"], "unrecognized arguments: revnet38. Settings are flags, such as --model"),
+        (["--config", "no/such/file.yaml"], "there is no file .*no/such/file.yaml"),
     ],
 )
 def test_bad_flags(flags, told):
@@ -283,7 +288,7 @@ def test_nothing_is_printed_but_the_first_line_the_table_and_the_folder(tmp_path
     train(tiny(tmp_path / "quiet", epochs=1))
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("digits: 3 residual blocks, momentum, gamma 0.9, 1 epochs, in ")
+    assert out.startswith("digits: 3 residual blocks, momentum, gamma 0.9, 1 epoch, in ")
     assert out.count("\n") == 9
     assert "\x1b" not in out
     assert out.rstrip().endswith(f"Run folder: {tmp_path / 'quiet'}")
@@ -421,6 +426,9 @@ def test_a_folder_with_a_run_is_not_overwritten(run):
 def test_a_mistake_leaves_no_folder_behind(tmp_path):
     with pytest.raises(SettingError):
         train(tiny(tmp_path / "run", depth=2))
+    odenet = TrainConfig(model="odenet", epochs=1, out=str(tmp_path / "run"))
+    with pytest.raises(SettingError, match=r"odenet does not take digits, of 8 x 8 pixels: .* at least 10 x 10"):
+        train(odenet)
     assert not (tmp_path / "run").exists()
 
 

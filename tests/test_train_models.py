@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -12,10 +13,11 @@ import reversa
 from reversa import models
 from reversa.cli import main
 from reversa.errors import SettingError
+from reversa.schemes import SCHEMES
 from reversa.train import load_network, train
 from reversa.train.checkpoint import make_network
-from reversa.train.config import TrainConfig, parse, to_yaml
-from reversa.train.data import digits, digits32
+from reversa.train.config import ENGINES, TrainConfig, parse, to_yaml
+from reversa.train.data import DATASETS, digits, digits32
 
 
 def test_the_main_job_is_what_it_was():
@@ -50,10 +52,14 @@ def test_settings_reach_the_network():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"model": "hamiltonian74", "depth": 12}, "hamiltonian74 has no depth, got depth=12: leave it out"),
+        (
+            {"model": "hamiltonian74", "depth": 12},
+            "hamiltonian74 has no depth, got depth=12: leave it out. Of such settings it has: h, exact",
+        ),
         ({"model": "hamiltonian74", "scheme": "revnet"}, "hamiltonian74 has no scheme"),
         ({"model": "revnet38", "gamma": 0.9}, "revnet38 has no gamma"),
         ({"model": "resnet32", "exact": True}, "resnet32 has no exact"),
+        ({"model": "resnet32", "engine": "recompute"}, "resnet32 has no engine"),
         ({"scheme": "revnet", "h": 0.1}, "scheme 'revnet' has no h"),
         ({"model": "leapfrog62", "h": -1.0}, "step size h must be a positive number"),
         ({"model": "leapfrog"}, "Did you mean: leapfrog"),
@@ -81,6 +87,20 @@ def test_a_network_of_the_papers_learns(tmp_path, name):
     assert name in (tmp_path / "run" / "report.md").read_text()
     network = load_network(tmp_path / "run" / "checkpoints" / "best.ckpt")
     assert type(network) is type(models.create(name))
+
+
+@pytest.mark.parametrize("name", ["vit", "odenetsmall"])
+def test_nothing_is_said_to_be_computed_back_where_nothing_is(tmp_path, name):
+    result = train(TrainConfig(model=name, epochs=1, out=str(tmp_path / "run")))
+    ((activations, accuracy, peak, _),) = result.table
+    assert (activations, accuracy) == ("no reversible step", f"{result.test_accuracy:.2%}")
+    assert "100.0%" in peak
+    assert "computed back" not in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_help_names_every_scheme_engine_and_data_set():
+    words = set(re.findall(r"\w+", TrainConfig.__doc__ or ""))
+    assert words >= {*SCHEMES, *ENGINES, *DATASETS}
 
 
 def test_enlarged_digits_are_the_same_digits():

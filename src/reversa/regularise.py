@@ -123,8 +123,8 @@ def _layers(network: nn.Module | Iterable[nn.Module]) -> Iterator[tuple[list[Pai
     chains = [part for part in network.modules() if isinstance(part, ReversibleSequence)]
     if not chains:
         raise SettingError(
-            f"{type(network).__name__} holds no ReversibleSequence: give the residual functions in the order of the "
-            "layers, as a list"
+            f"{type(network).__name__} has no ReversibleSequence to tell the order of its layers: give the residual "
+            "functions in order, as a list, or compare with the last step instead (StepSmoothness, across='steps')"
         )
     for chain in chains:
         yield _pairs(chain.functions, chain.scheme.functions_per_block), getattr(chain.scheme, "h", 1.0)

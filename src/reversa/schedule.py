@@ -6,6 +6,7 @@ from torch import nn
 
 from reversa.check.trace import chains
 from reversa.errors import SettingError
+from reversa.exact import check_exact
 from reversa.schemes import Scheme
 
 
@@ -36,6 +37,15 @@ def set_scheme(model: nn.Module, scheme: Scheme) -> None:
     kinds = {type(holder.scheme) for holder in found}
     if kinds != {type(scheme)}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise SettingError(f"{scheme} cannot take the place of {names}: blocks and states of a kind are its own")
+        raise SettingError(
+            f"{scheme} cannot take the place of {names}: a chain keeps the kind of scheme that it was built with. "
+            f"Build or convert the model with {type(scheme).__name__} first (reversa.restore undoes a conversion)."
+        )
+    if scheme.modules():
+        raise SettingError(
+            f"{scheme} has parameters of its own, which an optimizer does not know: build the model anew"
+        )
+    for holder in found:
+        check_exact(scheme, holder.exact)
     for holder in found:
         holder.scheme = scheme

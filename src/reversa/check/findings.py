@@ -17,7 +17,10 @@ from reversa.exact import run_in
 # A parameter whose gradient is shorter than this, in units of the typical one, is compared with the typical one.
 FLOOR = 1e-2
 
-STATES = "Use Invert(anchors='auto'), which keeps a state where the drift law asks for one, or a gamma nearer to 1."
+STATES = (
+    "Use exact=True, which recovers every bit, a gamma nearer to 1, or Invert(anchors=1), which keeps every state. "
+    "Where anchors are off, Invert(anchors='auto') may be enough: it keeps a state where the drift law asks for one."
+)
 REPEAT = (
     "A residual function must compute the same thing twice from the same input: take counters, caches and random "
     "numbers of its own out of its forward, let it ask reversa.is_replaying(), or use engine=Store()."

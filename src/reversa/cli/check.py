@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from reversa import models
 from reversa.check import check
 from reversa.convert import convert
 from reversa.engine import Invert
@@ -29,8 +32,10 @@ def run(arguments: Sequence[str]) -> int:
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.seed)
         exact = settings.exact
-        model = convert(_model(settings.model), scheme=scheme, exact=exact, engine=Invert(verify=exact))
-        report = check(model, torch.randn(settings.batch, 3, settings.image, settings.image))
+        model = _model(settings.model)
+        images = torch.randn(settings.batch, 3, settings.image, settings.image)
+        _try(model, images, settings.model)
+        report = check(convert(model, scheme=scheme, exact=exact, engine=Invert(verify=exact)), images)
     print(json.dumps(report.to_dict(), indent=2) if settings.json else report)
     return RIGHT if report.ok else WRONG
 
@@ -58,8 +63,32 @@ def _model(name: str) -> nn.Module:
     Raises:
         SettingError: torchvision has no such model; the message lists the nearest ones.
     """
+    if name in models.MODELS:
+        raise SettingError(
+            f"reversa check converts models of torchvision, and {name} is one of Reversa's own, which need no "
+            f"conversion: in Python, reversa.check(reversa.models.create({name!r}), images)"
+        )
     torchvision = import_extra("torchvision.models", "vision")
     known = torchvision.list_models(module=torchvision)
     if name not in known:
         raise SettingError(nearest(name, known, "torchvision model"))
-    return torchvision.get_model(name, weights=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of models whose first weights will be other ones some day
+        return torchvision.get_model(name, weights=None)
+
+
+def _try(model: nn.Module, images: Tensor, name: str) -> None:
+    """Find out whether the model takes such images, before anything is said about its training.
+
+    Raises:
+        SettingError: it does not; the message has the model's own words.
+    """
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        height, width = images.shape[2:]
+        raise SettingError(
+            f"{name} does not take images of {height} x {width} pixels: {str(error).rstrip('.!')}. Choose "
+            "another --image, for instance 224."
+        ) from error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from reversa import models
+from reversa.errors import SettingError
 from reversa.sequence import ReversibleSequence
 
 _DEFAULT = 10
@@ -23,6 +24,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--classes", type=int, default=_DEFAULT, help=f"width of the last layer (default: {_DEFAULT})")
     parser.add_argument("--json", action="store_true", help="print the list for a program")
     settings = parser.parse_args(arguments)
+    if settings.classes < 1:
+        raise SettingError(f"--classes must be at least 1, got {settings.classes}")
     rows = [_row(name, settings.classes) for name in models.names()]
     if settings.json:
         print(json.dumps(rows, indent=2))

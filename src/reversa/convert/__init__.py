@@ -160,8 +160,9 @@ def _report(
     note = ""
     if after:
         note = (
-            f"the block ends with {', '.join(after)} after its residual addition; the carried tensor does not pass "
-            "through it any more: pretrained weights need fine-tuning, the less the smaller gamma is"
+            f"the block ends with {', '.join(after)} after its residual addition. It becomes part of f(x) = block(x) "
+            "- x; where a scheme's step is not x + f(x), the carried tensor does not pass through it any more, and "
+            "pretrained weights need fine-tuning: with Momentum the less the smaller gamma is"
         )
     return StageReport(name, tuple(blocks), kind, shape, kept, note)
 
@@ -177,10 +178,11 @@ def _check_settings(model: nn.Module, scheme: Scheme, engine: Engine, exact: boo
         raise SettingError(
             f"convert needs a scheme and an engine such as Momentum(0.9) and Invert(), got {scheme!r}, {engine!r}"
         )
-    if not scheme.carries_input or scheme.functions_per_block != 1 or scheme.modules():
+    if not scheme.carries_input or scheme.functions_per_block != 1 or scheme.modules() or scheme.ends_otherwise:
         raise SettingError(
             f"{scheme} cannot take over another model's blocks: conversion needs one function per block, a state that "
-            "begins with the whole input, and no parameters of its own. Use Momentum(gamma), BDIA() or Dr2Net()."
+            "begins with the whole input, and no parameters or last step of its own. Use Momentum(gamma), BDIA() or "
+            "Dr2Net()."
         )
     check_exact(scheme, exact)
     engine.begin(scheme, 1)  # refuses what cannot be made step by step

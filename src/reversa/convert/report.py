@@ -35,7 +35,8 @@ class Explanation:
 
     def __str__(self) -> str:
         blocks = sum(len(stage.blocks) for stage in self.stages)
-        head = f"{blocks} blocks in {len(self.stages)} stages {'are' if self.converted else 'could be made'} reversible"
+        stages = f"{len(self.stages)} stage{'s' * (len(self.stages) != 1)}"
+        head = f"{blocks} blocks in {stages} {'are' if self.converted else 'could be made'} reversible"
         rows = [("stage", "blocks", "of", "shape", "kept for the backward pass")]
         rows += [(s.name, _span(s), s.kind, _shape(s.shape), s.kept) for s in self.stages]
         lines = [f"{head}: {self.rule}" if self.rule else head, "", *_table(rows)]

@@ -134,9 +134,10 @@ def continued(place: Place, x: Tensor) -> Iterator[Link | None]:
     if link is None and links and links[-1].index < place.index and stage.between == "carry":
         link = links[-1]
         link.steps.end()
-        link.head, *hidden = link.steps.scheme.resumed(x, (x, *link.hidden), link.steps.taken)
+        (link.head, *hidden), number = link.steps.scheme.resumed(x, (x, *link.hidden), link.steps.taken)
         link.hidden = tuple(hidden)
         link.steps = stage.begin(link.steps.scheme)
+        link.steps.taken = number
     if link is None and place.index > 0 and (inside is None or stage in inside):
         _refuse(place, links)  # in a container's call where no block ran, those before it were skipped (LayerDrop)
     if link is not None:

@@ -33,7 +33,7 @@ from reversa.engine.replay import (
     refuse_changed_later,
     replaying,
 )
-from reversa.engine.sample import Sample
+from reversa.engine.sample import Samples
 from reversa.engine.steps import carried_value, refuse_in_place
 from reversa.engine.verify import Hashes
 from reversa.errors import ReplayError, ReversaError
@@ -51,8 +51,8 @@ class Chain:
             It is meant for small states: to say which step was the first that was not finite, the state before the
             first is kept then, elsewhere one number for each step.
         hashes: to prove that what is recovered is what was; None goes without.
-        sample: of what the first step's function is evaluated at, to see how far what is recovered is from it; None
-            goes without.
+        samples: of what residual functions are evaluated at, to see how far what is recovered is from it; None goes
+            without.
     """
 
     def __init__(
@@ -62,13 +62,14 @@ class Chain:
         first: int = 0,
         group: int = 1,
         hashes: Hashes | None = None,
-        sample: Sample | None = None,
+        samples: Samples | None = None,
     ) -> None:
         self.scheme: Final = scheme
         self.first: Final = first
         self.group: Final = group
         self._hashes: Final = hashes
-        self._sample: Final = sample
+        self._samples: Final = samples
+        self._lowest: int | None = None  # the first step that saved anything: no backward pass goes further
         self._steps: list[Evaluation] = []
         self._saved: Saved = []  # of all steps, one behind the other ...
         self._starts: list[int] = [0]  # ... and where each step's part begins
@@ -111,6 +112,10 @@ class Chain:
             raise
         if self._hashes is not None:
             self._hashes.note(state)
+        if self._lowest is None and len(self._saved) > self._starts[-1]:
+            self._lowest = len(self._steps)
+        if self._samples is not None and self._lowest is not None:
+            self._samples.note(argument, state, len(self._steps))
         self._steps.append(evaluation)
         self._starts.append(len(self._saved))
         if random is not None:
@@ -181,10 +186,8 @@ class Chain:
         try:
             with replaying(), deterministic(self.scheme, self._steps[-1].device):
                 units, cursor = self._walk_to(last)
-            if cursor.step == 0:
+            if cursor.step == self._lowest:
                 self._refuse_not_finite(cursor.state, recovered=True)
-                if self._sample is not None:
-                    self._sample.compare(self.scheme.argument(cursor.state, self.first), self._steps[0])
         finally:
             _torch.set_grad_enabled(grad_enabled)
         if len(units) == 1:
@@ -195,7 +198,7 @@ class Chain:
             self._captured = Unit(tensors, [entry for unit in units for entry in unit.saved])
         self._from, self._to, self._task = self._starts[cursor.step], self._starts[last + 1], cursor.task
         # With the end state kept, nothing needs the first state; without it, a second request might.
-        self._cursor = None if cursor.step == 0 and self._held is not None else cursor
+        self._cursor = None if cursor.step == self._lowest and self._held is not None else cursor
 
     def _walk_to(self, last: int) -> tuple[list[Unit], Cursor]:
         """Walk to step ``last`` and replay the unit of steps that ends with it, last step first."""
@@ -207,7 +210,7 @@ class Chain:
         units: list[Unit] = []
         if cursor.step == last:
             units.append(self._at(cursor)[0])
-        while cursor.step > max(0, last + 1 - self.group):
+        while cursor.step > max(self._lowest or 0, last + 1 - self.group):
             units.append(self._back(cursor))
         return units, cursor
 
@@ -253,6 +256,8 @@ class Chain:
             step, argument, lambda value: self.scheme.inverse(argument, rest, value, number)
         )
         cursor.step = step
+        if self._samples is not None and step in self._samples:
+            self._samples.compare(self.scheme.argument(cursor.state, number), step, self._steps[step])
         if self._hashes is not None:
             self._hashes.compare(cursor.state, step, self._steps[step])
         return saved
@@ -274,7 +279,8 @@ class Chain:
 
     def _refuse_not_finite(self, state: State, recovered: bool) -> None:
         if not all_finite(state):
-            refuse_not_finite(self._steps, None if recovered else self._first_not_finite(), recovered)
+            steps = self._steps[self._lowest :] if recovered else self._steps
+            refuse_not_finite(steps, None if recovered else self._first_not_finite(), recovered)
 
     def _first_not_finite(self) -> int | None:
         """The step whose value was the first that was not finite; None where the reason is another one."""

@@ -17,7 +17,7 @@ from reversa.engine.determinism import deterministic
 from reversa.engine.drift import accept, anchor_interval, tolerance
 from reversa.engine.extras import Extras
 from reversa.engine.policies import Engine
-from reversa.engine.sample import Sample
+from reversa.engine.sample import Samples
 from reversa.engine.steps import Function, Opening, Steps, is_recording, plain_step
 from reversa.engine.verify import Hashes
 from reversa.errors import SettingError
@@ -93,7 +93,7 @@ class Invert(Engine):
         """
         inverted = None if length is None else max(0, length - self.keep)
         wanted = anchor_interval(scheme, dtype, under) if self.anchors == "auto" else self.anchors
-        if wanted is not None and scheme.amplification == math.inf:
+        if scheme.amplification == math.inf:
             wanted = 1  # what a step wipes out cannot be computed back
         if wanted is None or inverted is None or inverted <= wanted:
             return wanted if inverted is None else None
@@ -154,8 +154,8 @@ class _InvertSteps(Steps):
     def _chain(self, state: State, first: int, module: Any) -> Chain:
         hashes = Hashes(self.scheme) if self.engine.verify else None
         watch = not (self.scheme.exact or self.engine.accept_drift)
-        sample = Sample(self.scheme.argument(state, first), state, self.tolerance) if watch else None
-        return Chain(self.scheme, state, first, self._group(state, module), hashes, sample)
+        samples = Samples(self.tolerance) if watch else None
+        return Chain(self.scheme, state, first, self._group(state, module), hashes, samples)
 
     def _group(self, state: State, module: Any) -> int:
         if self.engine.group is not None:

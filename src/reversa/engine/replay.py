@@ -117,14 +117,12 @@ class Evaluation(Place):
         self.streams_need_grad = tuple(stream.requires_grad for stream in state)
         return scheme.forward(state, value, self.number)
 
-    def multiplied_again(self, scheme: Scheme, state: State, argument: Tensor, value: Tensor) -> None:
+    def multiplied_again(self, scheme: Scheme, state: State, value: Tensor) -> None:
         """The same with a state that was recovered, and so with the graph that it had."""
-        streams = tuple(
-            argument if stream is argument else stream.detach().requires_grad_(needs)
-            for stream, needs in zip(state, self.streams_need_grad, strict=True)
-        )
+        streams = tuple(s.detach().requires_grad_(n) for s, n in zip(state, self.streams_need_grad, strict=True))
         self.stand_ins = (*self.stand_ins, *streams)
-        scheme.forward(streams, value, self.number)
+        with autocast_as(self.autocast, self.device):
+            scheme.forward(streams, value, self.number)
 
 
 Saved = list[tuple[torch.Size, torch.dtype, int]]
@@ -167,7 +165,7 @@ def evaluate_again(
         if scheme.multiplies:
             with torch.no_grad():
                 state = before(value)
-            evaluation.multiplied_again(scheme, state, leaf, value)
+            evaluation.multiplied_again(scheme, state, value)
         captured: list[Tensor | None] = [*tensors]
         saved = [(tensor.shape, tensor.dtype, tensor._version) for tensor in tensors]
     finally:

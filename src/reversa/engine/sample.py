@@ -16,6 +16,41 @@ from reversa.schemes import State
 FEWEST, MOST, SHARE = 16, 1024, 1 << 10
 """A thousandth of the elements, about. Drift is everywhere, so that a sample shows it."""
 WARN_ABOVE, REFUSE_ABOVE = 3e-4, 1e-2
+SECOND = 16
+
+
+class Samples:
+    """Samples of a chain's arguments: of the first one that a backward pass comes back to, and of the 16th, 128th,
+    1024th ... after it, for a backward pass that does not go so far.
+
+    Args:
+        tolerance: the error that is planned with (:func:`reversa.engine.drift.tolerance`).
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self._samples: dict[int, Sample] = {}
+        self._next = 0
+
+    def note(self, argument: Tensor, state: State, step: int) -> None:
+        """Keep some of a step's argument, if it is one of those steps."""
+        if not self._samples:
+            self._next = step
+        if step == self._next:
+            self._samples[step] = Sample(argument, state, self.tolerance)
+            first = min(self._samples)
+            self._next = first + max(SECOND, 8 * (step - first))
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._samples
+
+    def compare(self, argument: Tensor, step: int, where: object) -> None:
+        """Judge what came back in the argument's place.
+
+        Raises:
+            DriftError: it is another one by 1 % or more; in 16 bits by more.
+        """
+        self._samples[step].compare(argument, where)
 
 
 class Sample:
@@ -39,7 +74,7 @@ class Sample:
         """Judge what came back in its place.
 
         Raises:
-            DriftError: it is another one by 1 % or more.
+            DriftError: it is another one by 1 % or more; in 16 bits by more.
         """
         error = self._error(argument)
         if not error > max(WARN_ABOVE, 4 * self.tolerance):

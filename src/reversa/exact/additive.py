@@ -114,6 +114,9 @@ class Additive(ExactScheme):
         carriers, integers, _ = self.split(state)
         return tuple(real(i, 1 / s, carriers[0].dtype) for i, s in zip(integers, self.scales, strict=True))
 
+    def _resumes_at(self, step: int) -> int:
+        return step
+
     def _integer(self, i: int, stream: Tensor) -> Tensor:
         if self.fixed.watch:
             refuse_beyond("the input", stream, self.fixed.limit, 0, self.fixed.bits, self._remedy())

@@ -148,9 +148,13 @@ class ExactScheme(Scheme):
         values = tuple(v + r for v, r in zip(values, remainder, strict=True)) if remainder else values
         return (*values, *state[self.num_streams :])
 
-    def resumed(self, x: Tensor, state: State, step: int) -> State:
+    def resumed(self, x: Tensor, state: State, step: int) -> tuple[State, int]:
         _, *rest = self.shown(state, step)[: self.num_streams]
-        return self.quantized((x, *rest))
+        return self.quantized((x, *rest)), self._resumes_at(step)
+
+    def _resumes_at(self, step: int) -> int:
+        """The number of a step whose state was made anew: 0 where integers are held in a unit that the number tells."""
+        return 0
 
     def _integers(self, streams: State) -> State:
         """The first state as integers."""

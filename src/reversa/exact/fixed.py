@@ -82,6 +82,6 @@ class FixedPoint:
         """Where |x| and a step of it stay below, no sum leaves the integers' range."""
         return 2.0 ** (self.bits - 2 - self.fraction)
 
-    def integer(self, x: Tensor, scale: float) -> Tensor:
+    def integer(self, x: Tensor, scale: float | Tensor) -> Tensor:
         """The nearest integers to ``x * scale``."""
         return rounded(wide(x) * scale, self.dtype)

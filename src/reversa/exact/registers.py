@@ -14,7 +14,7 @@ from reversa.exact.base import ExactScheme, empty
 from reversa.exact.compiled import kernel
 from reversa.exact.fixed import FixedPoint
 from reversa.exact.joined import joined
-from reversa.exact.kernels import blended, real, unblended
+from reversa.exact.kernels import blended, real, unblended, wide
 from reversa.exact.momentum import WORD_BITS
 from reversa.exact.watch import Linear, Range, refuse_beyond
 from reversa.schemes import State
@@ -46,11 +46,12 @@ _FIRST = _Register(0.0, 1.0)
 
 
 class _Step(NamedTuple):
-    """A step's coefficients, and the registers that it reads, takes from, and makes."""
+    """A step's coefficients, how large they are at most, and the registers that it reads, takes from, and makes."""
 
     a: float | Tensor
     b: float | Tensor
     w: float | Tensor
+    sizes: tuple[float, float, float]
     read: _Register
     old: _Register
     new: _Register
@@ -58,7 +59,7 @@ class _Step(NamedTuple):
     @property
     def erases(self) -> bool:
         """Nothing of the old register goes into the new one."""
-        return largest(self.b) == 0
+        return self.sizes[1] == 0
 
 
 class IntegratingFactors(ExactScheme):
@@ -146,6 +147,16 @@ class IntegratingFactors(ExactScheme):
         (c, _), integers, _ = self.split(state)
         return tuple(self._real(integers, step, c.dtype, i) for i in range(2))
 
+    def resumed(self, x: Tensor, state: State, step: int) -> tuple[State, int]:
+        """Not from step 0 on: the coefficients, and the units that follow from them, are those of the step's number."""
+        streams = (x, self.shown(state, step)[1])
+        units = tuple(self._unit(step - i) for i in range(2))
+        for i, stream in enumerate(streams):
+            self._refuse_beyond(i, stream, self.limit * self._registers[step + 1 - i].factor, step)
+        integers = tuple(self.fixed.integer(s.detach(), 1 / unit) for s, unit in zip(streams, units, strict=True))
+        values = tuple(real(n, unit, x.dtype) for n, unit in zip(integers, units, strict=True))
+        return (*joined(values, ((1.0, 0.0), (0.0, 1.0)), *streams), *integers), step
+
     def _real(self, integers: State, step: int, dtype: torch.dtype, i: int) -> Tensor:
         """A register before a step."""
         return real(integers[i], self._unit(step - i), dtype)
@@ -155,7 +166,7 @@ class IntegratingFactors(ExactScheme):
         while len(self._bytes) <= steps:
             step = len(self._bytes) - 1
             b, old = self.scheme.coefficients(step).b, self._registers[step]
-            size = largest(b)
+            size = self.scheme.magnitudes(step)[1]
             if size > 1:
                 raise SettingError(f"{self.scheme} has no exact arithmetic: step {step} takes {size} times a state")
             new = _FIRST if size == 0 else _Register(old.loss - math.log2(size), old.sign * sign(b))
@@ -167,7 +178,7 @@ class IntegratingFactors(ExactScheme):
     def _step(self, step: int) -> _Step:
         self._plan(step + 1)
         old, read, new = self._registers[step : step + 3]
-        return _Step(*self.scheme.coefficients(step), read, old, new)
+        return _Step(*self.scheme.coefficients(step), self.scheme.magnitudes(step), read, old, new)
 
     def _unit(self, step: int) -> float | Tensor:
         """What 1 stands for in the register made last before a step."""
@@ -182,29 +193,28 @@ class IntegratingFactors(ExactScheme):
         return made.a * unit, made.w * unit
 
     def _form(self, made: _Step) -> Linear:
-        return Linear(((largest(made.a), largest(made.b)), (1, 0)), (largest(made.w), 0))
+        a, b, w = made.sizes
+        return Linear(((a, b), (1, 0)), (w, 0))
 
     def _limits(self, step: int) -> tuple[float, float, float]:
         """What the new register, the one before, and the value must stay below."""
         made = self._step(step)
         new = self.limit * made.new.factor
-        return new, self.limit * made.read.factor, new / max(largest(made.w), 1e-9)
+        return new, self.limit * made.read.factor, new / max(made.sizes[2], 1e-9)
 
     def _integer(self, i: int, stream: Tensor) -> Tensor:
-        if self.fixed.watch:
-            refuse_beyond("the input", stream, self.limit, 0, self.fixed.bits, self.range.remedies[i])
+        self._refuse_beyond(i, stream, self.limit, 0)
         return self.fixed.integer(stream, self.scales[i])
+
+    def _refuse_beyond(self, i: int, stream: Tensor, limit: float, step: int) -> None:
+        if self.fixed.watch:
+            refuse_beyond("the input", stream, limit, step, self.fixed.bits, self.range.remedies[i])
 
     def _remedy(self, radix: int) -> str:
         more = ", or more bits" if self.fixed.bits < 64 else ""
         return f"Use FixedPoint(bits={self.fixed.bits}, radix={max(1, radix - 4)}), which holds 16 times as much{more}."
 
 
-def largest(coefficient: float | Tensor) -> float:
-    """The largest magnitude of a coefficient over the samples."""
-    return float(coefficient.abs().max()) if isinstance(coefficient, Tensor) else abs(coefficient)
-
-
 def sign(coefficient: float | Tensor) -> float | Tensor:
-    """Its sign, for each sample."""
-    return coefficient.sign() if isinstance(coefficient, Tensor) else math.copysign(1.0, coefficient)
+    """A coefficient's sign, for each sample; wide, because a unit of the integers is beyond float16."""
+    return wide(coefficient.sign()) if isinstance(coefficient, Tensor) else math.copysign(1.0, coefficient)

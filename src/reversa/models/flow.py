@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from reversa.engine import Engine
-from reversa.errors import SettingError
+from reversa.errors import SettingError, StateError
 from reversa.schemes import AdditiveCoupling, AffineCoupling
 from reversa.sequence import ReversibleSequence
 
@@ -38,6 +38,7 @@ class NICE(nn.Module):
 
     Raises:
         SettingError: an odd dimension, no layer, or an unknown coupling or prior.
+        StateError: (when called) vectors of another length, or of integers.
 
     Source: Dinh, Krueger, Bengio: NICE, 2014, arXiv:1410.8516 (additive couplings, four of them with five hidden layers
     of 1000 on MNIST); Dinh, Sohl-Dickstein, Bengio: Real NVP, ICLR 2017, arXiv:1605.08803 (affine couplings).
@@ -76,6 +77,7 @@ class NICE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What x, (N, dimension), is mapped to, and the logarithm of the map's determinant, (N,)."""
+        self._check(x)
         state = self.chain.forward_state(self.scheme.open(x))
         z = self.scheme.close(state) * self.log_scale.exp()
         of_scale = self.log_scale.sum().expand(len(x))
@@ -93,8 +95,16 @@ class NICE(nn.Module):
     @torch.no_grad()
     def inverse(self, z: Tensor) -> Tensor:
         """What is mapped to z, (N, dimension)."""
+        self._check(z)
         state = self.scheme.open(z * (-self.log_scale).exp())
         return self.scheme.close(self.chain.inverse_state(state))
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 2 or x.shape[1] != len(self.log_scale) or not x.is_floating_point():
+            raise StateError(
+                f"NICE takes vectors of floating-point numbers, (N, {len(self.log_scale)}), got {x.dtype} of shape "
+                f"{tuple(x.shape)}: flatten or convert them, or build it with another dimension"
+            )
 
     def sample(self, number: int) -> Tensor:
         """Random vectors from the density: (number, dimension)."""

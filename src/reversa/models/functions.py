@@ -191,7 +191,12 @@ def at_depth(function: nn.Module, block: int, blocks: int, survival: float) -> n
 
     >>> at_depth(nn.Identity(), 1, 10, survival=0.5).survival
     0.95
+
+    Raises:
+        SettingError: survival outside (0, 1].
     """
+    if not 0 < survival <= 1:
+        raise SettingError(f"the probability to survive must lie in (0, 1], got {survival}")
     return function if survival == 1 else StochasticDepth(function, 1 - block / blocks * (1 - survival))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reversa.engine import Engine
-from reversa.errors import SettingError
+from reversa.errors import SettingError, StateError
 from reversa.models.invertible import InjectivePad, SpaceToDepth
 from reversa.models.layers import Head, ImageClassifier
 from reversa.models.lipschitz import LipschitzConv2d, Prepared, prepare, refresh
@@ -217,8 +217,15 @@ class IResNet(ImageClassifier):
         """The images that :meth:`features` made these of.
 
         Raises:
+            StateError: these are no features of this network.
             DriftError: the iteration to the fixed point does not converge.
         """
+        width = cast(Head, self.head).linear.in_features
+        if features.dim() != 4 or features.shape[1] != width:
+            raise StateError(
+                f"invert needs features of shape (N, {width}, h, w), got {tuple(features.shape)}: give it what "
+                "features(x) returned"
+            )
         for stage in reversed(self.stages):
             features = cast(Stage, stage).inverse(features)
         return cast(InjectivePad, self.stem).inverse(features)

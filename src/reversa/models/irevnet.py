@@ -123,8 +123,8 @@ class IRevNet(ImageClassifier):
         SettingError: widths, blocks and strides are not equally many; another stride; a stage of stride 2 that is not
             four times as wide as its streams before; a stage narrower than those, or below 4; an odd number of channels
             for two streams.
-        StateError: (when called) the sides of the image are not divisible by all strides; (in :meth:`invert`) features
-            of another shape.
+        StateError: (when called) an image of other channels, or whose sides are not divisible by all strides; (in
+            :meth:`invert`) features of another shape.
 
     Source: Jacobsen, Smeulders, Oyallon: i-RevNet: Deep Invertible Networks, ICLR 2018, arXiv:1802.07088. Parameters as
     in the authors' code, also for ImageNet, where the paper's table prints 29 million for the bijection: that code has
@@ -154,20 +154,26 @@ class IRevNet(ImageClassifier):
         exact: bool | Arithmetic = False,
     ) -> None:
         stem, width = SpaceToDepth(squeeze), channels * squeeze**2
+        shrinks = squeeze
         stages: list[Stage] = []
         for wide, number, stride in _plan(width, widths, blocks, strides):
             reshape = _reshape(width, wide, stride)
             functions = [_first(reshape, wide, bool(stages), dropout)]
             functions += [narrowing(wide, wide, dropout=dropout) for _ in range(number - 1)]
             stages.append(Stage(reshape, ReversibleSequence(functions, IRevNetScheme(), exact, engine)))
-            width = 2 * wide
+            width, shrinks = 2 * wide, shrinks * stride
         head = Head(width, num_classes)
         head.norm = nn.BatchNorm2d(width, momentum=0.9)  # the authors': statistics of little more than the last batch
         super().__init__(stem, stages, head)
+        self._channels, self._shrinks = channels, shrinks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (N, num_classes) of images (N, channels, H, W)."""
+        return self.head(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
         """The features (N, 2 widths[-1], h, w) of images (N, channels, H, W): what the head is given."""
-        return self.stages(self.stem(x))
+        return self.stages(self._begun(x))
 
     def forward_state(self, x: Tensor) -> tuple[Tensor, list[State]]:
         """The features, and what :meth:`invert` needs besides them to find every bit of the images again.
@@ -188,7 +194,7 @@ class IRevNet(ImageClassifier):
         True
         """
         self._refuse_training()
-        x = self.stem(x)
+        x = self._begun(x)
         kept: list[State] = []
         for stage in self._stages():
             x, rest = stage.forward_state(x)
@@ -217,6 +223,15 @@ class IRevNet(ImageClassifier):
         for stage, rest in zip(self._stages()[::-1], kept[::-1] or [()] * len(self.stages), strict=True):
             features = stage.inverse(features, rest)
         return cast(SpaceToDepth, self.stem).inverse(features)
+
+    def _begun(self, x: Tensor) -> Tensor:
+        """What the stem makes of images, which are looked at first."""
+        if x.dim() != 4 or x.shape[1] != self._channels or x.shape[2] % self._shrinks or x.shape[3] % self._shrinks:
+            raise StateError(
+                f"this i-RevNet takes images (N, {self._channels}, H, W) whose sides are multiples of {self._shrinks}, "
+                f"got {tuple(x.shape)}: crop, pad or resize them, or build it with channels= of the images"
+            )
+        return self.stem(x)
 
     def _stages(self) -> list[Stage]:
         return cast(list[Stage], list(self.stages))

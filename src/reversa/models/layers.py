@@ -46,7 +46,15 @@ def places(width: int, widths: Sequence[int], blocks: Sequence[int]) -> list[lis
 
     >>> [place.stride for stage in places(16, (16, 32), (2, 2)) for place in stage]
     [1, 1, 2, 1]
+
+    Raises:
+        SettingError: there are not as many widths as numbers of blocks.
     """
+    if not isinstance(blocks, Sequence) or len(widths) != len(blocks):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SettingError(
+            f"each stage needs a width and a number of blocks: got blocks={blocks!r} for {len(widths)} widths behind "
+            "the stem's"
+        )
     made: list[list[Place]] = []
     block = 0
     for stage, (wide, number) in enumerate(zip(widths, blocks, strict=True)):

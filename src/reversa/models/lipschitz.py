@@ -228,18 +228,18 @@ def prepare(network: nn.Module, x: Tensor) -> None:
     """Show a network (or one layer) an input, so that its layers find their norms and begin their normalisation.
 
     One forward pass without gradients: each layer is prepared just before it is used. It is due before the first use
-    and at a new size of images; after each optimizer step :func:`refresh` is enough.
+    and at a new size of images; after each optimizer step :func:`refresh` is enough. A network without such
+    a layer is refused by a SettingError.
 
     >>> net = nn.Sequential(LipschitzConv2d(1, 4, 3), nn.ELU(), LipschitzConv2d(4, 1, 3))
     >>> prepare(net, torch.randn(1, 1, 8, 8))
     >>> net(torch.randn(5, 1, 8, 8)).shape
     torch.Size([5, 1, 8, 8])
     """
-
-    def look(layer: Prepared, inputs: tuple[Tensor, ...]) -> None:
-        layer.prepare(inputs[0])
-
-    hooks = [m.register_forward_pre_hook(look) for m in network.modules() if isinstance(m, Prepared)]  # type: ignore
+    layers = [m for m in network.modules() if isinstance(m, Prepared)]
+    if not layers:
+        raise SettingError(f"{type(network).__name__} has no layer to prepare: use LipschitzConv2d and LipschitzLinear")
+    hooks = [m.register_forward_pre_hook(lambda layer, inputs: layer.prepare(inputs[0])) for m in layers]  # type: ignore
     try:
         network(x)
     finally:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reversa.engine import Engine
-from reversa.errors import SettingError
+from reversa.errors import SettingError, StateError
 from reversa.exact import Arithmetic
 from reversa.models.layers import check_sizes
 from reversa.models.transformer import Residual, through
@@ -97,6 +97,7 @@ class Lista(nn.Module):
     Raises:
         SettingError: the dictionary is no matrix, or zero; depth below 1; a penalty that is not above 0; an exact
             without a scheme.
+        StateError: (when called) samples of another length than the dictionary's.
 
     Source: Gregor, LeCun: Learning Fast Approximations of Sparse Coding, ICML 2010; its reversible forms: Sander et
     al., ICML 2021, arXiv:2102.07870. To read RevLISTA's code as the mean of its streams is our choice.
@@ -124,7 +125,7 @@ class Lista(nn.Module):
             raise SettingError(
                 "LISTA without a scheme is not inverted and has no exact: leave it out, or give a scheme"
             )
-        self.atoms = dictionary.shape[1]
+        self.dimension, self.atoms = dictionary.shape
         if scheme is None:
             self.layers = Residual([Shrinkage(dictionary, penalty) for _ in range(depth)])
         else:
@@ -133,6 +134,11 @@ class Lista(nn.Module):
             self.layers = ReversibleSequence(blocks, scheme, exact, engine)
 
     def forward(self, y: Tensor) -> Tensor:
+        if y.dim() != 2 or y.shape[1] != self.dimension:
+            raise StateError(
+                f"samples of this dictionary are vectors of {self.dimension} numbers, (N, {self.dimension}); got "
+                f"{tuple(y.shape)}"
+            )
         return through(self.layers, y.new_zeros(len(y), self.atoms), y)
 
 

@@ -133,7 +133,7 @@ class Reduction(nn.Sequential):
             height, width = input.shape[2:]
             raise StateError(
                 f"the stem needs images of at least {self.least} x {self.least} pixels, got {height} x {width}: use "
-                "larger images, or fewer halvings"
+                "larger images, or fewer halvings, as odenetsmall"
             )
         return super().forward(input)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reversa.engine import Engine
-from reversa.errors import SettingError
+from reversa.errors import SettingError, StateError
 from reversa.exact import Arithmetic
 from reversa.models.functions import Kernel, Symmetric
 from reversa.schemes import Hamiltonian
@@ -113,6 +113,9 @@ class SimpleHamiltonianNet(nn.Module):
         engine: how the backward pass gets the states, :class:`reversa.Invert` where not given.
         exact: as in :class:`reversa.ReversibleSequence`.
 
+    Raises:
+        StateError: (when called) images of another size.
+
     Source: Masin, Rothschild: a report on Chang et al., AAAI 2018, arXiv:1709.03698. Its accuracies (96 and 97 %) come
     from a run that trained on 9,000 of the 10,000 test images, and are no target.
 
@@ -150,6 +153,11 @@ class SimpleHamiltonianNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (N, num_classes) of images (N, channels, 32, 32)."""
+        if not all(25 <= side <= 32 for side in x.shape[2:]):  # the head takes the 2 x 2 pixels that are left of these
+            raise StateError(
+                f"this network is built for images (N, channels, 32, 32), got {tuple(x.shape)}: resize them, or "
+                "train on digits32"
+            )
         x = self.stem(x)
         for i, unit in enumerate(self.units):
             x = F.avg_pool2d(unit(x), 3, 2)

@@ -42,7 +42,7 @@ class ReversibleResNet(nn.Module):
         exact: as in :class:`reversa.ReversibleSequence`.
 
     Raises:
-        SettingError: fewer blocks than stages, or a setting that is not a positive number.
+        SettingError: fewer blocks than stages, a setting that is not a positive number, or a scheme of another kind.
 
     Source: Sander, Ablin, Blondel, Peyré: Momentum Residual Neural Networks, ICML 2021, arXiv:2102.07870; stages and
     transitions as in He, Zhang, Ren, Sun: Deep Residual Learning, CVPR 2016, arXiv:1512.03385.
@@ -73,6 +73,10 @@ class ReversibleResNet(nn.Module):
                 f"width={width} is odd, but the channels must split into two streams: choose an even width"
             )
         scheme = Momentum(0.9) if scheme is None else scheme
+        if not isinstance(scheme, Scheme):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SettingError(
+                f"scheme must be one of reversa.schemes, for instance reversa.Momentum(0.9); got {scheme!r}"
+            )
         widths = [width * 2**stage for stage in range(stages)]
         self.stem = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()

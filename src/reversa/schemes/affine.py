@@ -14,6 +14,8 @@ from torch import Tensor
 from reversa.errors import SettingError
 from reversa.schemes.base import Scheme, State, added, at_rest, halves
 
+LARGEST_BOUND = 80
+
 
 @dataclass(frozen=True)
 class AffineCoupling(Scheme):
@@ -35,7 +37,7 @@ class AffineCoupling(Scheme):
         bound: m, the largest :math:`|s|`.
 
     Raises:
-        SettingError: the bound is not a positive number.
+        SettingError: the bound is not in (0, 80].
         StateError: (in :meth:`open`) x has no such dimension, or its size is odd.
 
     Source: Dinh, Sohl-Dickstein, Bengio: Density Estimation using Real NVP, ICLR 2017, arXiv:1605.08803.
@@ -56,8 +58,11 @@ class AffineCoupling(Scheme):
     multiplies: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.bound, (int, float)) and 0 < self.bound < math.inf):
-            raise SettingError(f"the bound of the scale's logarithm must be a positive number, got {self.bound!r}")
+        if not (isinstance(self.bound, (int, float)) and 0 < self.bound <= LARGEST_BOUND):
+            raise SettingError(
+                f"the bound of the scale's logarithm must lie in (0, {LARGEST_BOUND}], got {self.bound!r}: more is "
+                "beyond float32. The default is 1."
+            )
 
     @property
     def amplification(self) -> float:
@@ -83,7 +88,7 @@ class AffineCoupling(Scheme):
         if step % 2:
             return _state(moved + value, state[1 - _moved(step)], total, step)
         s = self._logarithm(value)
-        return _state(moved * s.exp(), state[1 - _moved(step)], total + s, step)
+        return _state(moved * s.exp().to(moved.dtype), state[1 - _moved(step)], total + s, step)
 
     def uncover(self, state: State, step: int) -> tuple[Tensor, State]:
         return state[1 - _moved(step)], (state[_moved(step)], state[2])
@@ -93,7 +98,7 @@ class AffineCoupling(Scheme):
         if step % 2:
             return _state(added(moved, value, -1), argument, total, step)
         s = self._logarithm(value)
-        return _state(moved * (-s).exp(), argument, total - s, step)
+        return _state(moved * (-s).exp().to(moved.dtype), argument, total - s, step)
 
     def _logarithm(self, value: Tensor) -> Tensor:
         return self.bound * torch.tanh(value / self.bound)

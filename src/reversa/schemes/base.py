@@ -54,6 +54,9 @@ class Scheme(ABC):
     numbers or by one number for each sample, ``lerp`` with a Python weight.
     """
 
+    ends_otherwise: ClassVar[bool] = False
+    """The last step of a run is another one, and no loop may leave it out."""
+
     random: bool = False
     """:meth:`begun` draws random numbers in training."""
 
@@ -89,9 +92,11 @@ class Scheme(ABC):
         """The part of a state in which two states are compared."""
         return state
 
-    def resumed(self, x: Tensor, state: State, step: int) -> State:
-        """The state in which somebody put another tensor in the place of the output before a step."""
-        return (x, *state[1:])
+    def resumed(self, x: Tensor, state: State, step: int) -> tuple[State, int]:
+        """The state in which somebody put another tensor in the place of the output before a step, and that step's
+        number from now on.
+        """
+        return (x, *state[1:]), step
 
     def modules(self) -> tuple[nn.Module, ...]:
         """Learned modules that open the state (whoever holds the scheme registers them)."""
@@ -180,6 +185,8 @@ def halves(x: Tensor, dim: int, name: str) -> State:
 
 def at_rest(x: Tensor) -> Tensor:
     """A stream of zeros like x, seen through strides of 0: it takes no memory before the first step."""
+    if x.is_nested:  # which has no shape to expand to
+        return torch.zeros_like(x)
     return torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
 
 

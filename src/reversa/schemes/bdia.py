@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from reversa.errors import SettingError
+from reversa.errors import SettingError, StateError
 from reversa.schemes.base import Scheme, State
 from reversa.schemes.registers import Coefficients, Registers
 
@@ -23,9 +23,9 @@ class BDIA(Registers):
     Inverse: :math:`x_{k-1} = (x_{k+1} - (1 - g) x_k - (1 + g) f_k(x_k)) / g`. State ``(x_k, x_{k-1})``; the output is
     the last x. The first step is the residual one, :math:`x_1 = x_0 + f_0(x_0)`.
 
-    In training :math:`g = \pm \gamma`, drawn for each sample and step; in ``eval()`` it is 0, which is the plain
-    residual network :math:`x_{k+1} = x_k + f_k(x_k)`: a trained model needs no Reversa any more. A chain in ``eval()``
-    whose gradient is asked for keeps every state.
+    In training :math:`g = \pm \gamma`, drawn for each sample (along dim 0) and step; in ``eval()`` it is 0, which is
+    the plain residual network :math:`x_{k+1} = x_k + f_k(x_k)`: a trained model needs no Reversa any more. A chain in
+    ``eval()`` whose gradient is asked for keeps every state.
 
     Each step loses :math:`\log_2(1/\gamma)` bits per element, one at the default, and each inverse step multiplies
     rounding errors by :math:`1/\gamma`. Linear stability: for :math:`f = \lambda` the roots of
@@ -38,6 +38,7 @@ class BDIA(Registers):
 
     Raises:
         SettingError: gamma outside (0, 1).
+        StateError: (when run) the input has no dimension.
 
     Source: Zhang, Lewis, Kleijn: On exact bit-level reversible transformers without changing architectures, ICML 2025,
     arXiv:2407.09093. Their integers have 9 fractional bits and one bit for each step on the side; ``exact=True`` is
@@ -68,6 +69,8 @@ class BDIA(Registers):
             return replace(self, gamma=0.0, random=False)
         if steps is None:
             raise SettingError(f"{self} draws its signs for a whole run, whose number of steps must be known")
+        if not x.dim():
+            raise StateError(f"{self} draws a sign for each sample along dim 0, and the input has no dimension")
         signs = torch.randint(0, 2, (steps, x.shape[0], *[1] * (x.dim() - 1)), device=x.device)
         return replace(self, drawn=(2 * signs - 1).to(x.dtype))
 
@@ -80,6 +83,11 @@ class BDIA(Registers):
             return Coefficients(0, 1, 1)  # both registers are x_0
         g = self.gamma if self.drawn is None else self.gamma * self.drawn[step]
         return Coefficients(1 - g, g, 1 + g)
+
+    def magnitudes(self, step: int) -> tuple[float, float, float]:
+        if self.drawn is None or step == 0:
+            return super().magnitudes(step)
+        return 1 + self.gamma, self.gamma, 1 + self.gamma
 
     def open(self, x: Tensor) -> State:
         return x, x

@@ -50,6 +50,7 @@ class ReversibleHeun(Registers):
     """The last step of a run: from :meth:`begun`."""
 
     source: ClassVar[str] = "Kidger et al., 2021, arXiv:2105.13493"
+    ends_otherwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_step_size(self.h)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -32,6 +33,9 @@ PRECISIONS = {
     "16": "16-mixed",
 }
 
+# What the parser of the flags calls kinds of values, and a file that is not there.
+KINDS = {"str": "a name", "int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}
+ABSENT = 'Parser key "config": File does not exist:'
 
 OWN = "reversibleresnet"
 """The network whose scheme, depth and width are settings of a run."""
@@ -57,16 +61,18 @@ class TrainConfig:
     """Settings of a training run; each is a flag of ``reversa train`` and a key of its YAML files.
 
     Args:
-        data: the data set to train on.
-        model: the network, one of reversa.models.names().
-        scheme: the update rule of the blocks of reversibleresnet, one of reversa.schemes.SCHEMES; null for momentum.
+        data: the images to train on: digits, of 8 x 8 pixels, or digits32, the same enlarged to 32 x 32.
+        model: the network; reversa models lists them.
+        scheme: the update rule of the blocks of reversibleresnet: momentum, revnet, additive, hamiltonian, midpoint,
+            leapfrog, irevnet, affine, iresnet, reversibleheun, mccallumfoster, bdia or dr2net; null for momentum.
             The networks of the papers have their own.
         depth: residual blocks of reversibleresnet in all; null for 54.
         width: channels of the first stage of reversibleresnet; null for 16.
-        gamma: weight of the old velocity, in (0, 1], where there is one; null for 0.9.
-        h: the step size, where there is one; null for the network's own.
+        gamma: weight of the old velocity or state, where there is one; null for the network's or the scheme's own.
+        h: the step size, where there is one; null for the network's or the scheme's own.
         epochs: passes over the training images.
-        engine: where the backward pass gets the states: invert, store, recompute or offload.
+        engine: where the backward pass gets the states: invert, store, recompute or offload. Networks without a
+            reversible step store their activations.
         exact: hold states in integers, so that the backward pass gets the very bits of the forward pass.
         precision: 32-true, 64-true, bf16-mixed, or 16-mixed on a GPU.
         batch_size: images in a step.
@@ -75,7 +81,7 @@ class TrainConfig:
         seed: of the first parameters, the order of the images and their augmentation.
         device: where to train: auto, cpu, cuda or mps.
         threads: CPU threads; images this small gain nothing from more than one, and lose much where cores are shared.
-        out: the folder of a new run; null for runs/DATE-TIME-DATA-SCHEME.
+        out: the folder of a new run; null for runs/DATE-TIME-DATA-NETWORK.
         resume: the last.ckpt of a run with the same settings, to go on from in its folder; null to start anew.
 
     Raises:
@@ -154,9 +160,15 @@ class TrainConfig:
             own["scheme"] = make_scheme(str(self.scheme), own.pop("gamma", None), own.pop("h", None))
         if self.exact:
             own["exact"] = True
+        if self.engine not in ("invert", "store") and "engine" not in takes:
+            own["engine"] = self.engine
         for name in own:
             if name not in takes:
-                raise SettingError(f"{self.model} has no {name}, got {name}={own[name]!r}: leave it out")
+                has = ", ".join(setting for setting in (*asked, "exact", "engine") if setting in takes) or "none"
+                raise SettingError(
+                    f"{self.model} has no {name}, got {name}={own[name]!r}: leave it out. Of such settings "
+                    f"it has: {has}."
+                )
         return given | own
 
     def make_engine(self) -> Engine:
@@ -216,8 +228,26 @@ def to_yaml(config: TrainConfig) -> str:
 def _told(message: str) -> str:
     """The parser's message; an unknown flag or key with the nearest ones."""
     names = [setting.name for setting in fields(TrainConfig)]
+    kinds = {setting.name: str(setting.type) for setting in fields(TrainConfig)}
+    if wrong := re.match(r'Parser key "(\w+)":.*value: ([^\n]*)', message, re.DOTALL):
+        name, value = wrong.groups()
+        if name in kinds:
+            return f"{name} must be {' or '.join(KINDS[kind] for kind in kinds[name].split(' | '))}, got {value}"
+    if missing := re.match(r"argument --(\w+): expected one argument", message):
+        return f"--{missing[1]} needs a value, for instance --{missing[1]} {_example(missing[1])}"
+    if message.startswith(ABSENT):
+        file = message.removeprefix(ABSENT).strip(" '")
+        return f"there is no file {file}: --config takes a YAML file of settings"
+    if "unrecognized arguments: " in message and "arguments: -" not in message:
+        return f"{message}. Settings are flags, such as --model {TrainConfig.model}"
     for mark, prefix in (("unrecognized arguments: --", "--"), ("Option '", "")):
         if mark in message:
             unknown = message.split(mark)[1].split("'")[0].split()[0].split("=")[0]
             return nearest(prefix + unknown, [prefix + name for name in names], "setting")
     return message
+
+
+def _example(name: str) -> str:
+    """A value that a flag could have."""
+    value = getattr(TrainConfig, name, None)
+    return "true" if value is False else "VALUE" if value is None else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shlex
 import warnings
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reversa.errors import SettingError, import_extra
+from reversa.errors import ReversaError, SettingError, import_extra
+from reversa.sequence import ReversibleSequence
 from reversa.train.checkpoint import MARK, load_checkpoint
 from reversa.train.config import ENGINES, TrainConfig, to_yaml
 from reversa.train.cost import StepCost, step_costs
 from reversa.train.data import Batches, DataSet, dataset_named
 from reversa.train.files import RunFolder, write_text
-from reversa.train.report import Result, as_rich_table, write_report
+from reversa.train.report import NOT_REVERSIBLE, Result, as_rich_table, counted, write_report
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -49,7 +51,8 @@ def train(config: TrainConfig) -> Result:
         MissingExtra: a package of the extra ``train`` is not installed.
         OutputError: the run's folder cannot be made or written to, or holds another run; raised before any training.
         CheckpointError: ``resume`` names no whole checkpoint of ours.
-        SettingError: the device is not there; the checkpoint to resume belongs to other settings.
+        SettingError: the device is not there; the network does not take images of that size; the checkpoint to resume
+            belongs to other settings.
         Interrupted: Ctrl-C.
     """
     for module in EXTRAS:
@@ -93,6 +96,19 @@ class _Run:
         self.stop: OrderlyStop = OrderlyStop(folder)
         self.bar: Bar = Bar(self.console, self.record)
         self.trainer: Trainer = _trainer(config, [self.record, self.stop, self.bar])
+        self._try()
+
+    def _try(self) -> None:
+        """Show an image to a copy of the network: a network that does not take it is told before there is a folder."""
+        image = self.data.val.images[:1]
+        try:
+            with torch.no_grad(), torch.random.fork_rng([]):
+                copy.deepcopy(self.task.network).eval()(image)
+        except ReversaError as error:
+            size = " x ".join(map(str, image.shape[2:]))
+            raise SettingError(
+                f"{self.config.model} does not take {self.config.data}, of {size} pixels: {error}"
+            ) from error
 
     def say(self, what: Any) -> None:
         self.console.print(what, soft_wrap=isinstance(what, str), highlight=False)
@@ -102,7 +118,8 @@ class _Run:
         from reversa.train.callbacks import Stopped
 
         val = Batches(self.data.val, self.config.batch_size)
-        self.say(f"{self.config.data}: {self.config.network}, {self.config.epochs} epochs, in {self.folder.path}")
+        epochs = counted(self.config.epochs, "epoch")
+        self.say(f"{self.config.data}: {self.config.network}, {epochs}, in {self.folder.path}")
         try:
             with self.bar.shown():
                 self.trainer.fit(self.task, self.batches, val, ckpt_path=self.config.resume, weights_only=True)
@@ -126,10 +143,13 @@ class _Run:
     def _costs(self) -> dict[str, StepCost]:
         device, plugin = self.trainer.strategy.root_device, self.trainer.precision_plugin
         batch = plugin.convert_input(next(iter(Batches(self.data.train, self.config.batch_size))))
+        engines = {name: ENGINES[name]() for name in dict.fromkeys((self.config.engine, "store"))}
+        if not any(isinstance(module, ReversibleSequence) for module in self.task.network.modules()):
+            engines = {NOT_REVERSIBLE: ENGINES["store"]()}  # whatever engine was asked for
         return step_costs(
             self.task.network.to(device),
             (batch[0].to(device), batch[1].to(device)),
-            {name: ENGINES[name]() for name in dict.fromkeys((self.config.engine, "store"))},
+            engines,
             plugin.forward_context,
         )
 
@@ -148,6 +168,9 @@ def _trainer(config: TrainConfig, callbacks: list[Any]) -> Trainer:
 
     from reversa.train.callbacks import WholeCheckpoints
 
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if config.device in there and not there[config.device]():
+        raise SettingError(f"device={config.device}, but this machine, or this PyTorch, has none: choose auto or cpu")
     try:
         trainer = Trainer(
             accelerator=config.device,
@@ -178,9 +201,11 @@ def _read_start(config: TrainConfig) -> int:
     before, now = checkpoint[MARK]["config"], asdict(config)
     other = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
     if other:
+        own = Path(config.resume).parent.parent / "config.yaml"
         differences = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in other)
         raise SettingError(
-            f"{config.resume} belongs to a run with other settings: {differences}. Resume it with its own config.yaml."
+            f"{config.resume} belongs to a run with other settings: {differences}. Resume it with its own: "
+            f"--config {shlex.quote(str(own))}"
         )
     return int(checkpoint["global_step"])
 

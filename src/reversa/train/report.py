@@ -16,11 +16,14 @@ from reversa.train.cost import StepCost
 from reversa.train.files import RunFolder, write_text, write_whole
 
 HEADINGS = ("activations", "test accuracy", "peak activations", "time per step")
+NOT_REVERSIBLE = "none"
+"""In the place of an engine, for networks that have none."""
 ENGINE_WORDS = {
     "invert": "computed back",
     "store": "stored",
     "recompute": "recomputed forwards",
     "offload": "kept on the host",
+    NOT_REVERSIBLE: "no reversible step",
 }
 
 
@@ -36,18 +39,18 @@ class Result:
     """The row of the epoch that the test accuracy is of."""
     test_accuracy: float
     costs: dict[str, StepCost]
-    """By engine: the run's own, and ``"store"``."""
+    """By engine: the run's own, and ``"store"``; :data:`NOT_REVERSIBLE` alone where the network has no chain."""
     seconds: float
     """Time of the training."""
 
     @property
     def table(self) -> list[tuple[str, str, str, str]]:
         """A line per engine, under :data:`HEADINGS`. The last column compares with stored activations."""
-        stored = self.costs["store"]
+        stored = self.costs.get("store") or self.costs[NOT_REVERSIBLE]
         return [
             (
                 ENGINE_WORDS[name],
-                f"{self.test_accuracy:.2%}" if name == self.config.engine else "(not trained)",
+                f"{self.test_accuracy:.2%}" if name in (self.config.engine, NOT_REVERSIBLE) else "(not trained)",
                 f"{cost.peak_bytes / 2**20:.2f} MiB ({cost.peak_bytes / stored.peak_bytes:.1%})",
                 f"{cost.seconds * 1e3:.0f} ms (x {cost.seconds / stored.seconds:.2f})",
             )
@@ -58,6 +61,11 @@ class Result:
     def title(self) -> str:
         """The run in a line."""
         return f"{self.config.data}: {self.config.network}"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def write_report(result: Result, folder: RunFolder) -> None:
@@ -85,17 +93,17 @@ def as_markdown(result: Result) -> str:
     config, best = result.config, result.best
     lines = [HEADINGS, ("---", "---:", "---:", "---:"), *result.table]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    turns = ", with\nthe engines in turn" if len(result.costs) > 1 else ""
     return f"""# {result.title}
 
 {table}
 
 Peak activations: most bytes alive at once in one training step of {config.batch_size} images, without parameters and
-gradients. Time per step: forward and backward pass, median. Both measured after the training, on the same batch, with
-the engines in turn.
+gradients. Time per step: forward and backward pass, median. Both measured after the training, on the same batch{turns}.
 
 - Test accuracy is that of `checkpoints/best.ckpt`: epoch {best["epoch"] + 1:g}, chosen by validation loss \
 (validation accuracy {best["val_accuracy"]:.2%}). The test images were used once.
-- Trained for {len(result.rows)} epochs, {result.rows[-1]["step"]:g} steps, {result.seconds:.0f} s.
+- Trained for {counted(len(result.rows), "epoch")}, {result.rows[-1]["step"]:g} steps, {result.seconds:.0f} s.
 - Reversa {reversa.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}.
 
 ![Loss and accuracy by epoch](curves.png)
@@ -126,7 +134,7 @@ def draw_curves(result: Result) -> Any:
     )
     accuracies.set(ylabel="accuracy (%)")
     accuracies.legend(frameon=False, loc="lower right")
-    integers = import_extra("matplotlib.ticker", "plot").MaxNLocator(integer=True)
+    integers = import_extra("matplotlib.ticker", "plot").MaxNLocator(integer=True, min_n_ticks=1)
     for axes in (losses, accuracies):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(integers)
