@@ -21,7 +21,8 @@ LAYERS = [
     {"exact"},
     {"engine"},
     {"sequence"},
-    {"check", "models", "convert", "memory"},
+    {"check", "models", "convert"},
+    {"memory"},
     {"regularise", "schedule", "stability"},
     {"trajectories"},
     {"train"},
@@ -117,7 +118,7 @@ def blocks_of(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
 
 
-PAGES = ("README.md", "docs/exact.md", "docs/models.md", "docs/stability.md")
+PAGES = ("README.md", "docs/exact.md", "docs/models.md", "docs/stability.md", "docs/memory.md")
 EXAMPLES = [code for page in PAGES for code in blocks_of(page)]
 
 

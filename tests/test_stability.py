@@ -355,3 +355,18 @@ def test_the_pages_pictures_are_there_and_small():
     for name in ("crossing.png", "spectra.png"):
         assert f"images/{name}" in (docs / "stability.md").read_text()
         assert (docs / "images" / name).stat().st_size < 60_000
+
+
+def test_what_is_no_chain():
+    for tool in (growth, lyapunov, condition):
+        with pytest.raises(SettingError, match=r"ReversibleSequence is needed, .* got Sequential"):
+            tool(nn.Sequential(nn.Tanh()), torch.zeros(1, 3))
+
+
+def test_bdia_in_eval_grows_as_its_residual_network_does():
+    f = nn.Linear(3, 3, bias=False).double()
+    seq = reversa.ReversibleSequence([f] * 200, reversa.BDIA()).eval()
+    largest = torch.linalg.eigvals(torch.eye(3, dtype=torch.float64) + f.weight.detach()).abs().max().log()
+    assert lyapunov(seq, torch.zeros(1, 3, dtype=torch.float64), skip=100) == pytest.approx(float(largest), abs=1e-2)
+    with pytest.raises(SettingError, match="has no inverse"):
+        condition(seq, torch.zeros(1, 3, dtype=torch.float64))

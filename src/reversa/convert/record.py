@@ -76,7 +76,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     calls: list[Call] = []
-    with _quietly(), torch.inference_mode(False), torch.enable_grad():
+    with quietly(), torch.inference_mode(False), torch.enable_grad():
         try:
             with FakeCopyMode(fake):
                 twin = copy.deepcopy(model)
@@ -125,7 +125,7 @@ def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No warnings and no logged tracebacks of a run that is not the user's, and Python's generator as it was."""
     log, state = logging.getLogger("torch._subclasses.fake_tensor"), random.getstate()
 

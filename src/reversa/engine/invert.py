@@ -105,7 +105,7 @@ class Invert(Engine):
         states = min(1, inverted) if interval is None else -(-inverted // interval)
         words = scheme.spilled_bytes(inverted)
         spilled = f" and {words} byte{'s' * (words != 1)} of spilled bits for each of its elements" if words else ""
-        every = "" if interval is None else f" (one every {interval} steps)"
+        every = "" if interval is None else " (one every step)" if interval == 1 else f" (one every {interval} steps)"
         stored = f" and the activations of {min(self.keep, length)} steps" if self.keep else ""
         return f"{states} state{'s' * (states != 1)}{every}{spilled}{stored}"
 

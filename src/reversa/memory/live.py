@@ -70,7 +70,7 @@ class LiveBytes:
         self._storages: Final[dict[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._sum = 0
         self._peak = 0
-        self._mode: Final = _EveryOperation(self._note)
+        self._mode: Final = _EveryOperation(self._run)
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -89,7 +89,7 @@ class LiveBytes:
         self._peak = self.live
 
     def __enter__(self) -> LiveBytes:
-        self._hooks = [leaf.register_post_accumulate_grad_hook(self._leave_out_gradient) for leaf in self._leaves]
+        self._hooks = [leaf.register_post_accumulate_grad_hook(self._gradient_is_there) for leaf in self._leaves]
         self._mode.__enter__()
         return self
 
@@ -106,11 +106,19 @@ class LiveBytes:
 
     # ------------------------------------------------------------------ counting
 
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operation, and look at its tensors."""
+        result = func(*args, **kwargs)
+        # torch.tensor(data) allocates unseen, and this operation alone is told of it.
+        given = () if func is torch.ops.aten.lift_fresh.default else (*_tensors_in(args), *_tensors_in(kwargs))
+        self._note(given, _tensors_in(result))
+        return result
+
     def _note(self, given: Iterable[Tensor], returned: Iterable[Tensor]) -> None:
         """Look at the storages of one operation: those it returns and was not given are new."""
-        known = {storage._cdata for tensor in given for storage in _storages(tensor)}
+        known = {storage._cdata for tensor in given for storage in storages(tensor)}
         for tensor in returned:
-            for storage in _storages(tensor):
+            for storage in storages(tensor):
                 if storage._cdata not in known:
                     self._add(storage)
         for key in known & self._sizes.keys():
@@ -121,7 +129,7 @@ class LiveBytes:
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._sizes or not _counts(storage.device, self._device):
+        if key in self._sizes or not self._counts(storage.device):
             return
         self._sizes[key] = 0
         self._storages[key] = weakref.ref(storage, lambda _: self._forget(key))
@@ -130,13 +138,16 @@ class LiveBytes:
     def _measure(self, key: int) -> None:
         reference = self._storages.get(key)
         if reference is not None and (storage := reference()) is not None:
-            size = storage.nbytes()
-            self._sum += size - self._sizes[key]
-            self._sizes[key] = size
+            self._change(key, storage.nbytes())
+
+    def _change(self, key: int, size: int) -> None:
+        self._sum += size - self._sizes[key]
+        self._sizes[key] = size
 
     def _forget(self, key: int) -> None:
-        self._sum -= self._sizes.pop(key, 0)
-        self._storages.pop(key, None)
+        if key in self._sizes:
+            self._change(key, 0)
+            del self._sizes[key], self._storages[key]
 
     def _look_again(self) -> None:
         for key, reference in list(self._storages.items()):
@@ -144,27 +155,29 @@ class LiveBytes:
             if storage is not None and storage.nbytes() != self._sizes.get(key):
                 self._measure(key)
 
-    def _leave_out_gradient(self, leaf: Tensor) -> None:
+    def _counts(self, device: torch.device) -> bool:
+        wanted = self._device
+        if wanted is None:
+            return device.type != "meta"
+        return device.type == wanted.type and wanted.index in (None, device.index)
+
+    def _gradient_is_there(self, leaf: Tensor) -> None:
         if leaf.grad is not None:
-            for storage in _storages(leaf.grad):
+            for storage in storages(leaf.grad):
                 self._forget(storage._cdata)
 
 
 class _EveryOperation(TorchDispatchMode):
-    """Tell ``note`` of every operation's tensors, given and returned, below autograd."""
+    """Let ``run`` run every operation, below autograd."""
 
-    def __init__(self, note: Callable[[Iterable[Tensor], Iterable[Tensor]], None]) -> None:
+    def __init__(self, run: Callable[[Any, Any, dict[str, Any]], Any]) -> None:
         super().__init__()
-        self.note: Final = note
+        self.run: Final = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(_wraps_tensors(kind) for kind in types):
             return NotImplemented  # the subclass calls operations on the tensors inside it: those are counted
-        result = func(*args, **(kwargs or {}))
-        # torch.tensor(data) allocates unseen, and this operation alone is told of it.
-        given = () if func is torch.ops.aten.lift_fresh.default else (*_tensors_in(args), *_tensors_in(kwargs))
-        self.note(given, _tensors_in(result))
-        return result
+        return self.run(func, args, kwargs or {})
 
 
 def _wraps_tensors(kind: type) -> bool:
@@ -183,11 +196,11 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
         yield from _tensors_in(tuple(value.values()))
 
 
-def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The storages that a tensor keeps alive."""
     if _wraps_tensors(type(tensor)):
         for name in cast(Any, tensor).__tensor_flatten__()[0]:
-            yield from _storages(getattr(tensor, name))
+            yield from storages(getattr(tensor, name))
     elif tensor.layout is torch.strided:
         yield tensor.untyped_storage()
     elif tensor.layout is torch.sparse_coo:
@@ -211,9 +224,3 @@ def _tensors_of(exclude: Excluded | None) -> Iterator[Tensor]:
             raise SettingError(f"LiveBytes(exclude=...) takes modules and tensors, got {type(item).__name__}")
         found |= {id(tensor): tensor for tensor in (item.parameters() if isinstance(item, nn.Module) else (item,))}
     yield from found.values()
-
-
-def _counts(device: torch.device, wanted: torch.device | None) -> bool:
-    if wanted is None:
-        return device.type != "meta"
-    return device.type == wanted.type and wanted.index in (None, device.index)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from reversa.errors import BlockError, SettingError, StateError, import_extra, nearest
 
@@ -111,7 +112,8 @@ class NeuralODE(nn.Module):
         return path[-1]
 
     def _solve(self, field: _Field, z: Tensor, times: Tensor) -> Tensor:
-        solvers = import_extra("torchdiffeq", "ode")
+        with unset_fake_temporarily(), torch.device("cpu"):  # a first import makes tensors, which stay
+            solvers = import_extra("torchdiffeq", "ode")
         settings: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
         if self.steps is not None:
             # Not torchdiffeq's step_size, which rounding may give one step more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from reversa.engine.steps import first_tensor
 from reversa.errors import SettingError
-from reversa.schemes.base import Residual, State, run, run_back
+from reversa.schemes.base import Residual, Scheme, State, run, run_back
 from reversa.sequence import ReversibleSequence
 from reversa.stability.spectrum import push, refuse_training, spectral_norm, start
 
@@ -32,7 +33,7 @@ def growth(seq: ReversibleSequence, x: Tensor) -> Tensor:
         (steps,). ``growth(seq, x).cumsum(0).exp()`` is the size of a perturbation of size 1 after each step.
 
     Raises:
-        SettingError: a residual function has dropout or batch normalisation in training mode.
+        SettingError: it is no chain, or a residual function has dropout or batch normalisation in training mode.
 
     >>> import reversa
     >>> from torch import nn
@@ -41,10 +42,11 @@ def growth(seq: ReversibleSequence, x: Tensor) -> Tensor:
     torch.Size([5])
     """
     functions = _functions(seq)
-    state = _stacked(seq.scheme.open(x)).detach()
+    scheme = seq.scheme.begun(x, len(functions), seq.training)
+    state = _stacked(scheme.open(x)).detach()
     delta, grown = start(state), list[Tensor]()
     for step, f in enumerate(functions):
-        state, moved = push(partial(_step, seq, f, step), state, delta)
+        state, moved = push(partial(_step, scheme, f, step), state, delta)
         delta = moved / moved.norm()
         grown.append(moved.norm().log())
     return torch.stack(grown)
@@ -79,7 +81,7 @@ def lyapunov(seq: ReversibleSequence, x: Tensor, skip: int = 0) -> float:
     >>> round(lyapunov(seq, torch.ones(1, 1), skip=20), 2)  # log 2 = 0.69
     0.69
     """
-    steps = len(seq.functions)
+    steps = len(_functions(seq))
     if not 0 <= skip < steps:
         raise SettingError(f"skip must leave one of the {steps} steps, got {skip}")
     return float(growth(seq, x)[skip:].mean())
@@ -101,7 +103,7 @@ def condition(seq: ReversibleSequence, x: Tensor, dense: int = 1024) -> float:
             on products with J, its inverse and their transposes.
 
     Raises:
-        SettingError: as :func:`growth`.
+        SettingError: as :func:`growth`; a step has no inverse.
         MissingExtra: scipy is needed and not installed.
 
     >>> import reversa
@@ -111,20 +113,27 @@ def condition(seq: ReversibleSequence, x: Tensor, dense: int = 1024) -> float:
     True
     """
     functions = _functions(seq)
-    first = _stacked(seq.scheme.open(x)).detach()
-    there = _on_stack(lambda state: run(seq.scheme, functions, state))
-    back = _on_stack(lambda state: run_back(seq.scheme, functions, state))
+    scheme = seq.scheme.begun(x, len(functions), seq.training)
+    if scheme.amplification == math.inf:
+        raise SettingError(f"a step of {scheme} wipes out the state before the last one: it has no inverse")
+    first = _stacked(scheme.open(x)).detach()
+    there = _on_stack(lambda state: run(scheme, functions, state))
+    back = _on_stack(lambda state: run_back(scheme, functions, state))
     return spectral_norm(there, first, dense) * spectral_norm(back, there(first).detach(), dense)
 
 
 def _functions(seq: ReversibleSequence) -> list[Residual]:
+    if not isinstance(seq, ReversibleSequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SettingError(
+            f"a ReversibleSequence is needed, such as one of a network's stages, got {type(seq).__name__}"
+        )
     refuse_training(seq.functions)
     return [lambda x, f=f: first_tensor(f(x)) for f in seq.functions]
 
 
-def _step(seq: ReversibleSequence, f: Residual, step: int, stacked: Tensor) -> Tensor:
+def _step(scheme: Scheme, f: Residual, step: int, stacked: Tensor) -> Tensor:
     state = stacked.unbind()
-    return _stacked(seq.scheme.forward(state, f(seq.scheme.argument(state, step)), step))
+    return _stacked(scheme.forward(state, f(scheme.argument(state, step)), step))
 
 
 def _on_stack(map: Callable[[State], State]) -> Residual:
