@@ -233,3 +233,11 @@ def test_samples_are_few():
     for number in range(5, 2000):
         samples.note(x, (x,), number)
     assert [number for number in range(2000) if number in samples] == [5, 21, 133, 1029]
+
+
+def test_integers_that_wrap_around_are_noticed():
+    """A value far beyond the range, whose integer comes out small: the real sum tells."""
+    fixed = reversa.exact.FixedPoint(bits=32)
+    seq = reversa.ReversibleSequence([nn.Identity()] * 40, Dr2Net(1.5, 0.9), exact=fixed)
+    with pytest.raises(StateError, match=r"step \d+: (the state|what f returned) reaches"):
+        seq(torch.full((2, 3), 1.0))

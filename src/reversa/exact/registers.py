@@ -122,8 +122,8 @@ class IntegratingFactors(ExactScheme):
                 P = P >> WORD_BITS
         N, new = self._blended(P, c.detach(), f, *self._scales(step), self._unit(step + 1))
         if self.fixed.watch:
-            after, stream = (N, C), partial(self._real, (N, C), step + 1, f.dtype)
-            self.range.see(step, self._form(made), self._limits(step), before, after, f, stream)
+            stream = partial(self._after, state, f, step)
+            self.range.see(step, self._form(made), self._limits(step), before, (N, C), f, stream)
         (new,) = joined((new,), ((made.a, made.b, made.w),), c, p, value)
         return new, c, N, C, *words
 
@@ -156,6 +156,12 @@ class IntegratingFactors(ExactScheme):
         integers = tuple(self.fixed.integer(s.detach(), 1 / unit) for s, unit in zip(streams, units, strict=True))
         values = tuple(real(n, unit, x.dtype) for n, unit in zip(integers, units, strict=True))
         return (*joined(values, ((1.0, 0.0), (0.0, 1.0)), *streams), *integers), step
+
+    def _after(self, state: State, value: Tensor, step: int, i: int) -> Tensor:
+        """A register after a step as real numbers, which tells where the integers have wrapped around."""
+        c, p = self.streams(state, step)
+        a, b, w = self.scheme.coefficients(step)
+        return c if i else a * c + b * p + w * value
 
     def _real(self, integers: State, step: int, dtype: torch.dtype, i: int) -> Tensor:
         """A register before a step."""

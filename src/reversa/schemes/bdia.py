@@ -25,7 +25,7 @@ class BDIA(Registers):
 
     In training :math:`g = \pm \gamma`, drawn for each sample (along dim 0) and step; in ``eval()`` it is 0, which is
     the plain residual network :math:`x_{k+1} = x_k + f_k(x_k)`: a trained model needs no Reversa any more. A chain in
-    ``eval()`` whose gradient is asked for keeps every state.
+    ``eval()`` whose gradient is asked for keeps every state. A converted stage is in the mode of its first block.
 
     Each step loses :math:`\log_2(1/\gamma)` bits per element, one at the default, and each inverse step multiplies
     rounding errors by :math:`1/\gamma`. Linear stability: for :math:`f = \lambda` the roots of
