@@ -412,3 +412,11 @@ def test_inputs_that_do_not_fit_raise_the_models_own_error_with_their_shapes():
 def test_bad_settings_say_what_was_needed(settings, message):
     with pytest.raises(SettingError, match=message):
         estimate(**{"model": nn.Linear(WIDTH, 2), "inputs": (2, WIDTH), **settings})
+
+
+def test_one_function_at_several_places():
+    function = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    seq = reversa.ReversibleSequence([function] * 5, reversa.Momentum(0.999), engine=reversa.Store())
+    (stage,) = estimate(seq, (BATCH, WIDTH)).stages
+    assert stage.blocks == tuple(f"blocks.{i}" for i in range(5))
+    assert stage.held_bytes == measure(seq, torch.randn(BATCH, WIDTH)).stages[0].held_bytes > 5 * UNIT

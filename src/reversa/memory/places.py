@@ -35,7 +35,7 @@ def stages_of(model: nn.Module) -> list[Stage]:
     []
     """
     found: list[Stage] = []
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     paths = {module: path for path, module in modules.items()}
     for name, holder, places in chains(model):
         rule = f"{holder.scheme}, {holder.engine}{'' if holder.exact is False else ', exact'}"
@@ -69,7 +69,7 @@ class Where:
     """
 
     def __init__(self, model: nn.Module, stages: list[Stage], ledger: Ledger) -> None:
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self.stages = stages
         self.ledger = ledger
         self.stack: list[_Run | Place] = []
