@@ -194,3 +194,14 @@ def test_the_verdict_of_a_check_is_its_exit_status(capsys, monkeypatch, ok):
     assert main(["check", "resnet18", "--json"]) == (0 if ok else 1)
     assert json.loads(told(capsys)[0]) == {"ok": ok}
     assert seen[0] == ("ResNet", (3, 3, 40, 40))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "torchvision:resnet50"])
+def test_check_means_torchvisions_network_where_both_have_one(name):
+    """The README's own command."""
+    pytest.importorskip("torchvision", reason="the extra vision is not installed", exc_type=(ImportError, RuntimeError))
+    from reversa.cli.check import _model
+
+    assert type(_model(name)).__module__.startswith("torchvision.")
+    with pytest.raises(reversa.errors.SettingError, match=r"hamiltonian74 is one of Reversa's own"):
+        _model("hamiltonian74")

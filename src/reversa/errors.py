@@ -59,8 +59,11 @@ class MissingExtra(ReversaError, ImportError):
     """An optional package is needed that is not installed."""
 
 
+MANY_NAMES = 20
+
+
 def nearest(name: str, known: Iterable[str], what: str) -> str:
-    """The sentence for an unknown name: the names nearest to it, or all of them where none is near.
+    """The sentence for an unknown name: the names nearest to it, and all of them where they are few or none is near.
 
     >>> nearest("momentun", ["momentum", "revnet"], "scheme")
     "unknown scheme 'momentun'. Did you mean: momentum? Known: momentum, revnet."
@@ -68,6 +71,8 @@ def nearest(name: str, known: Iterable[str], what: str) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f" Did you mean: {', '.join(close)}?" if close else ""
+    if close and len(known) > MANY_NAMES:
+        return f"unknown {what} {name!r}.{hint} {len(known)} are known."
     return f"unknown {what} {name!r}.{hint} Known: {', '.join(known) or 'none'}."
 
 

@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a reversible network on real images, and measure what it costs",
     "models": "list the networks by name, with their parameters",
     "check": "find out whether a converted model trains right",
+    "memory": "what a training step costs in memory: estimated, measured, drawn",
 }
 
 FAILED, INTERRUPTED = 2, 130

@@ -63,14 +63,15 @@ def _model(name: str) -> nn.Module:
     Raises:
         SettingError: torchvision has no such model; the message lists the nearest ones.
     """
-    if name in models.MODELS:
-        raise SettingError(
-            f"reversa check converts models of torchvision, and {name} is one of Reversa's own, which need no "
-            f"conversion: in Python, reversa.check(reversa.models.create({name!r}), images)"
-        )
+    name = name.removeprefix("torchvision:")
     torchvision = import_extra("torchvision.models", "vision")
     known = torchvision.list_models(module=torchvision)
     if name not in known:
+        if name in models.MODELS:
+            raise SettingError(
+                f"reversa check converts models of torchvision, and {name} is one of Reversa's own, which need no "
+                f"conversion: in Python, reversa.check(reversa.models.create({name!r}), images)"
+            )
         raise SettingError(nearest(name, known, "torchvision model"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of models whose first weights will be other ones some day
