@@ -17,6 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the bottom to the top; a module imports only from levels below its own part's.
 LAYERS = [
     {"errors"},
+    {"drawing"},
     {"schemes"},
     {"exact"},
     {"engine"},

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reversa.drawing import new_figure, saved, tidy
 from reversa.errors import SettingError, StateError, import_extra
 from reversa.schemes import State
-from reversa.stability.pictures import new_figure, saved, tidy
 
 States = Sequence[State | Tensor]
 """What ``seq.states(x)`` gives: of each state the first stream is drawn. Or tensors, for other networks."""

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reversa.errors import OutputError, import_extra
+from reversa.drawing import COLOURS, new_figure, saved, tidy
 from reversa.memory.report import MemoryReport
 from reversa.memory.timeline import Timeline
-
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#ccb974", "#8c8c8c")
 
 
 def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path) -> Any:
@@ -33,7 +31,7 @@ def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path) -> Any:
     >>> figure = draw_timelines(lines, Path(tempfile.mkdtemp()) / "timeline.png")
     """
     size, unit = _unit(max(max(line.totals) for line in timelines.values()))
-    figure = _new_figure(5.8, 3.4)
+    figure = new_figure(5.8, 3.4)
     axes = figure.subplots()
     for colour, (name, line) in zip(COLOURS, timelines.items(), strict=False):
         heights = [total / size for total in line.totals]
@@ -42,9 +40,9 @@ def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path) -> Any:
         axes.plot(turn, heights[turn - 1], "o", color=colour, markersize=6)
     axes.plot([], [], "o", color="0.4", label="end of the forward pass")
     axes.set(xlabel="operations of one training step", ylabel=f"bytes alive ({unit})", xlim=(0, None), ylim=(0, None))
-    _tidy(axes)
+    tidy(axes)
     axes.legend(frameon=False)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def draw_bars(reports: Mapping[str, MemoryReport], path: str | Path) -> Any:
@@ -66,7 +64,7 @@ def draw_bars(reports: Mapping[str, MemoryReport], path: str | Path) -> Any:
     >>> figure = draw_bars({"linear": estimate(torch.nn.Linear(8, 8), (4, 8))}, Path(tempfile.mkdtemp()) / "bars.png")
     """
     size, unit = _unit(max(report.peak_bytes for report in reports.values()))
-    figure = _new_figure(6.4, 1.5 + 0.5 * len(reports))
+    figure = new_figure(6.4, 1.5 + 0.5 * len(reports))
     axes = figure.subplots()
     names = list(reports)
     left = [0.0] * len(names)
@@ -77,10 +75,10 @@ def draw_bars(reports: Mapping[str, MemoryReport], path: str | Path) -> Any:
             left = [begun + width for begun, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set(xlabel=f"bytes alive at the peak ({unit})")
-    _tidy(axes)
+    tidy(axes)
     axes.grid(visible=False, axis="y")
     figure.legend(frameon=False, ncols=4, loc="outside upper center", fontsize="small")
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def draw_peaks(
@@ -107,38 +105,17 @@ def draw_peaks(
     >>> figure = draw_peaks((4, 8), {"linear": reports}, "images in the batch", Path(tempfile.mkdtemp()) / "peaks.png")
     """
     size, unit = _unit(max(report.peak_bytes for reports in peaks.values() for report in reports))
-    figure = _new_figure(5.4, 3.4)
+    figure = new_figure(5.4, 3.4)
     axes = figure.subplots()
     for colour, (name, reports) in zip(COLOURS, peaks.items(), strict=False):
         axes.plot(sizes, [report.peak_bytes / size for report in reports], "o-", color=colour, markersize=4, label=name)
     axes.set(xlabel=against, ylabel=f"peak of a training step ({unit})", xlim=(0, None), ylim=(0, None))
-    _tidy(axes)
+    tidy(axes)
     axes.legend(frameon=False)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _unit(most: int) -> tuple[int, str]:
     """The unit in which the largest number is at least 1."""
     power = max((p for p in range(4) if most >= 1024**p), default=0)
     return 1024**power, ("B", "KiB", "MiB", "GiB")[power]
-
-
-def _new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, that no window system knows of."""
-    return import_extra("matplotlib.figure", "plot").Figure(figsize=(width, height), layout="constrained")
-
-
-def _tidy(axes: Any) -> None:
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _saved(figure: Any, path: str | Path) -> Any:
-    try:
-        figure.savefig(path, dpi=100)
-    except (OSError, ValueError) as error:  # ValueError: no such format
-        raise OutputError(
-            f"cannot write {path}: {error}. Choose another path, for instance one that ends in .png."
-        ) from error
-    return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -108,20 +108,14 @@ def count(step: Step, stages: list[Stage]) -> Count:
     optimizer's that is not counted makes it.
     """
     ledger = Ledger(step.device, step.leaves())
-    ledger.was_there("parameters", step.model.parameters())
-    ledger.was_there("buffers", step.model.buffers())
-    ledger.was_there("inputs", step.inputs())
-    with _no_collector():
-        with Where(step.model, stages, ledger).told(), ledger.phase("forward", "activations"):
-            loss = step.forward()
-        after, held = ledger.split, ledger.made_at()
-        with ledger.phase("backward", "temporary"):
-            loss.backward()
-        del loss
-        step.update()
-        ledger.was_there("optimizer_state", step.state())
-        with ledger.phase("optimizer step", "temporary"):
-            step.update()
+    after: dict[str, int] = {}
+    held: dict[Place | None, int] = {}
+
+    def between() -> None:
+        after.update(ledger.split)
+        held.update(ledger.made_at())
+
+    run_under(ledger, step, Where(step.model, stages, ledger).told(), between)
     after["optimizer_state"] = ledger.split["optimizer_state"]
     forward, backward, _ = ledger.phases
     return Count(
@@ -130,6 +124,37 @@ def count(step: Step, stages: list[Stage]) -> Count:
         tuple(_held(stage, number, held) for number, stage in enumerate(stages)),
         Flops(forward.flops, backward.flops, backward.recomputed),
     )
+
+
+def run_under(
+    ledger: Ledger,
+    step: Step,
+    forward: AbstractContextManager[None] | None = None,
+    between: Callable[[], None] | None = None,
+) -> None:
+    """Make a step, phase by phase.
+
+    Args:
+        ledger: what counts it.
+        step: what is made.
+        forward: a context of the forward pass.
+        between: called between the forward and the backward pass.
+    """
+    ledger.was_there("parameters", step.model.parameters())
+    ledger.was_there("buffers", step.model.buffers())
+    ledger.was_there("inputs", step.inputs())
+    with _no_collector():
+        with forward or nullcontext(), ledger.phase("forward", "activations"):
+            loss = step.forward()
+        if between is not None:
+            between()
+        with ledger.phase("backward", "temporary"):
+            loss.backward()
+        del loss
+        step.update()
+        ledger.was_there("optimizer_state", step.state())
+        with ledger.phase("optimizer step", "temporary"):
+            step.update()
 
 
 def as_report(

@@ -16,7 +16,7 @@ from reversa.memory.ledger import Ledger
 from reversa.memory.notes import eagerly
 from reversa.memory.report import Moment
 from reversa.memory.settings import Loss, OptimizerLike, Settings, in_words
-from reversa.memory.step import Step, _no_collector
+from reversa.memory.step import Step, run_under
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,6 @@ class _Recorder(Ledger):
 def _recorded(step: Step) -> list[Moment]:
     """The moments of a step. The optimizer's state, which its first step makes, was there all the time."""
     ledger = _Recorder(step.device, step.leaves())
-    ledger.was_there("parameters", step.model.parameters())
-    ledger.was_there("buffers", step.model.buffers())
-    ledger.was_there("inputs", step.inputs())
-    with _no_collector():
-        with ledger.phase("forward", "activations"):
-            loss = step.forward()
-        with ledger.phase("backward", "temporary"):
-            loss.backward()
-        del loss
-        step.update()
-        ledger.was_there("optimizer_state", step.state())
-        with ledger.phase("optimizer step", "temporary"):
-            step.update()
+    run_under(ledger, step)
     state = ledger.split["optimizer_state"]
     return [replace(moment, optimizer_state=state) for moment in ledger.moments]

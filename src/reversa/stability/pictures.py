@@ -8,9 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from reversa.errors import OutputError, import_extra
-
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
+from reversa.drawing import cycled, new_figure, saved, tidy
 
 
 def draw_spectrum(values: Tensor | Mapping[str, Tensor], path: str | Path) -> Any:
@@ -73,34 +71,3 @@ def draw_growth(curves: Tensor | Mapping[str, Tensor], path: str | Path) -> Any:
     if len(sets) > 1:
         axes.legend(frameon=False)
     return saved(figure, path)
-
-
-def cycled(number: int) -> list[str]:
-    """So many colours."""
-    return [COLOURS[i % len(COLOURS)] for i in range(number)]
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, that no window system knows of."""
-    return import_extra("matplotlib.figure", "plot").Figure(figsize=(width, height), layout="constrained")
-
-
-def tidy(axes: Any) -> None:
-    """A light grid, and no frame above and to the right."""
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def saved(figure: Any, path: str | Path) -> Any:
-    """The figure, written to a file.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    try:
-        figure.savefig(path, dpi=100)
-    except (OSError, ValueError) as error:  # ValueError: no such format
-        raise OutputError(
-            f"cannot write {path}: {error}. Choose another path, for instance one that ends in .png."
-        ) from error
-    return figure
