@@ -52,18 +52,43 @@ def _keep(ctx: Any, weights: Weights) -> None:
 
 
 def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    sums: dict[tuple[int, ...], Tensor] = {}
+    sums = _Sums()
     columns = zip(*ctx.weights, strict=True)
     wanted = ctx.needs_input_grad[2:]
-    inputs = [_gradient(column, grads, sums) if need else None for column, need in zip(columns, wanted, strict=True)]
+    inputs: list[Tensor | None] = []
+    for i, (column, need) in enumerate(zip(columns, wanted, strict=True)):
+        sums.spent = i + 1 == len(wanted)
+        inputs.append(_gradient(column, grads, sums) if need else None)
     if inputs[-1] is None and wanted[-1]:  # Momentum(gamma=1) ignores f, whose gradients are 0 and not missing
         inputs[-1] = next((torch.zeros_like(g) for g in grads if g is not None), None)
     return None, None, *inputs
 
 
-def _gradient(
-    weights: Sequence[Weight], grads: Sequence[Tensor | None], sums: dict[tuple[int, ...], Tensor]
-) -> Tensor | None:
+class _Sums:
+    """Sums of gradients that serve several inputs."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[int, ...], Tensor] = {}
+        self.returned: set[tuple[int, ...]] = set()
+        self.spent = False
+        """No input follows, so that a sum can be given up: fetching new memory costs more than a product."""
+
+    def times(self, weight: float, numbers: tuple[int, ...], terms: Sequence[Tensor]) -> Tensor:
+        """``weight`` times the sum of the terms, which are the gradients of those numbers."""
+        if numbers not in self.made:
+            total = terms[0]
+            for term in terms[1:]:
+                total = total + term
+            self.made[numbers] = total
+        total = self.made[numbers]
+        if weight == 1:
+            self.returned.add(numbers)
+            return total
+        mine = self.spent and len(terms) > 1 and numbers not in self.returned
+        return total.mul_(weight) if mine else weight * total
+
+
+def _gradient(weights: Sequence[Weight], grads: Sequence[Tensor | None], sums: _Sums) -> Tensor | None:
     """``sum(w * g)``. Mostly all weights are the same, and the sum of the gradients serves several inputs."""
     pairs = enumerate(zip(weights, grads, strict=True))
     terms = [(i, w, g) for i, (w, g) in pairs if g is not None and (isinstance(w, Tensor) or w != 0)]
@@ -73,12 +98,7 @@ def _gradient(
     if any(isinstance(w, Tensor) for _, w, _ in terms):
         return cast(Tensor, sum(w * g for _, w, g in terms))
     if all(w == first for _, w, _ in rest):
-        key = tuple(i for i, _, _ in terms)
-        if key not in sums:
-            for _, _, g in rest:
-                total = total + g
-            sums[key] = total
-        return sums[key] if first == 1 else first * sums[key]
+        return sums.times(cast(float, first), tuple(i for i, _, _ in terms), [g for _, _, g in terms])
     total = first * total
     for _, w, g in rest:
         total = torch.add(total, g, alpha=cast(float, w))
