@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,9 +68,12 @@ class Case:
     share: float = 1.0
     """What the chain takes of each function, for a scheme that wants contractions."""
 
-    def tolerance(self, least: float, depth: int = DEPTH) -> float:
-        """What rounding errors of that size may become: a chain of few steps keeps no states in between."""
-        return least * min(self.scheme.amplification, 2) ** min(depth, DEPTH)
+    def tolerance(self, least: float, engine: Engine, depth: int = DEPTH) -> float:
+        """What rounding errors of that size may become where an inverse multiplies them, and no state is kept."""
+        amplification = self.scheme.amplification
+        if not engine.inverts or amplification == math.inf:  # every state is kept
+            return least
+        return least * min(amplification, 2) ** min(depth, DEPTH)
 
     def functions(self, fs: Sequence[Callable[..., Any]]) -> list[Any]:
         """The functions as the scheme takes them; the rule of the oracle is given those from before."""

@@ -37,7 +37,7 @@ def test_one_training_step(case, engine, family, dtype):
     case, family = CASES[case], FAMILIES[family]
     fs, x, extras = family.functions(dtype=dtype), case.input(*family.shape, dtype=dtype), family.extras(dtype)
     expected = step(case.rule, fs, x, **extras)
-    tolerance = case.tolerance(TOLERANCE[dtype])
+    tolerance = case.tolerance(TOLERANCE[dtype], ENGINES[engine])
     assert_same(step(case.with_engine(ENGINES[engine]), fs, x, **extras), expected, tolerance)
 
 
@@ -47,7 +47,7 @@ def test_one_training_step(case, engine, family, dtype):
 def test_any_depth(case, engine, depth):
     case = CASES[case]
     fs, x = [mlp().double() for _ in range(depth * case.scheme.functions_per_block)], case.input(4, 6)
-    tolerance = case.tolerance(1e-12, depth)
+    tolerance = case.tolerance(1e-12, ENGINES[engine], depth)
     assert_same(step(case.with_engine(ENGINES[engine]), fs, x), step(case.rule, fs, x), tolerance)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from allocator import allocator_peak
 from reversa.errors import SettingError
 from reversa.memory import LiveBytes
 
@@ -19,21 +17,6 @@ UNIT = 1024 * 4  # bytes of one float32 tensor of 1024 elements
 
 def unit(**options: bool) -> torch.Tensor:
     return torch.zeros(1024, **options)
-
-
-def allocator_peak(function) -> int:
-    """The largest sum of the CPU allocator's events while ``function`` runs: an oracle that knows no tensors."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        function()
-    events = sorted(
-        (e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    )
-    live = peak = 0
-    for event in events:
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def test_allocation_and_freeing():

@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import reversa
+from allocator import allocator_peak
 from reversa.errors import SettingError
 from reversa.memory import estimate, measure
 from reversa.memory.ledger import KINDS, Ledger
@@ -30,21 +30,6 @@ def chain(engine=None, gamma: float = 0.99, **settings) -> nn.Module:
 
 def mean_square(y: torch.Tensor) -> torch.Tensor:
     return y.square().mean()
-
-
-def allocated_at_most(function) -> int:
-    """The largest sum of the CPU allocator's events while ``function`` runs: an oracle that knows no tensors."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        function()
-    events = sorted(
-        (e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    )
-    live = peak = 0
-    for event in events:
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def encoder() -> nn.Module:
@@ -65,7 +50,7 @@ def peaks(model: nn.Module, x: torch.Tensor) -> tuple[int, int]:
     optimizer.zero_grad()
     there = [*model.parameters(), *model.buffers(), x]
     there += [t for state in optimizer.state.values() for t in state.values()]
-    return measured, allocated_at_most(step) + sum(t.nbytes for t in there)
+    return measured, allocator_peak(step) + sum(t.nbytes for t in there)
 
 
 @pytest.mark.parametrize(

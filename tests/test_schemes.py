@@ -16,6 +16,7 @@ import oracle
 import reversa
 from cases import CASES, Case, assert_same, error, mlp, step
 from reversa.errors import SettingError, StateError
+from reversa.models.runge_kutta import runge_kutta
 from reversa.schemes import (
     SCHEMES,
     Leapfrog,
@@ -46,6 +47,15 @@ direct = pytest.mark.parametrize(
 
 def random_state(scheme: Scheme) -> State:
     return tuple(torch.randn(4, 6, dtype=torch.float64) for _ in range(scheme.num_streams))
+
+
+class Times(nn.Module):
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        return self.slope * x
 
 
 @every
@@ -298,6 +308,24 @@ def test_stability_for_real_slopes_is_as_declared(scheme, inside, outside):
         fs = [lambda y, a=a: a * y for a in slopes] * (4000 // len(slopes))
         last = max(float(stream.abs().max()) for stream in run(scheme, fs, scheme.open(x)))
         assert (last < 1e3) == bounded, slopes
+
+
+@pytest.mark.parametrize("coupling", [0.9, 0.5])
+@pytest.mark.parametrize("method", ["euler", "heun", "rk4"])
+def test_the_stability_of_mccallum_and_fosters_steps(method, coupling):
+    """The declared interval, and by Euler's method its closed form."""
+    one, seen = torch.ones(1, dtype=torch.float64), set()
+    for slope in (-2.5, -1.9, -1.0, -0.51, -0.49, -0.11, -0.09, 0.01):
+        up, down = runge_kutta(Times(slope), 1.0, method)
+        product = float(-down(one) * (1 - coupling + up(one)))
+        declared = 0 <= product <= 2 * (1 + coupling)
+        if method == "euler":
+            assert declared == (-(1 - coupling) <= slope <= 0)
+        scheme = reversa.McCallumFoster(coupling)
+        last = run(scheme, [up, down] * 3000, random_state(scheme))
+        assert bool(max(s.abs().max() for s in last) < 1e3) == declared, slope
+        seen.add(declared)
+    assert seen == {True, False}
 
 
 # ---------------------------------------------------------------------- couplings

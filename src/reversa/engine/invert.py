@@ -33,8 +33,8 @@ class Invert(Engine):
     """States are computed back from the end by the scheme's inverse: memory that does not grow with depth.
 
     One more evaluation of each residual function is the price. Where float arithmetic would drift too far
-    (:meth:`~reversa.schemes.Scheme.drift`), a state is kept every so many steps; and a few elements of the first
-    argument are, with which the one that comes back must agree: residual functions can multiply errors, too.
+    (:meth:`~reversa.schemes.Scheme.drift`), a state is kept every so many steps; and a few elements of some
+    arguments are, with which those that come back must agree: residual functions can multiply errors, too.
 
     Args:
         keep: the last ``keep`` steps store their activations in the ordinary way (less time, more memory).
@@ -47,8 +47,8 @@ class Invert(Engine):
 
     Raises:
         SettingError: a setting outside its range.
-        DriftError: (while running) ``anchors=None`` and the drift law passes 1e-2; or, in the backward pass, the first
-            argument that comes back is another one by 1 % or more.
+        DriftError: (while running) ``anchors=None`` and the drift law passes 1e-2; or, in the backward pass, an
+            argument comes back as another one, by 1 % or more (in 16 bits by more).
 
     >>> Invert(keep=2)
     Invert(keep=2)

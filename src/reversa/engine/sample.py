@@ -1,4 +1,4 @@
-"""What drift there really was: a few elements of a chain's first argument, compared with what came back."""
+"""What drift there really was: a few elements of some arguments of a chain, compared with what came back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ FEWEST, MOST, SHARE = 16, 1024, 1 << 10
 """A thousandth of the elements, about. Drift is everywhere, so that a sample shows it."""
 WARN_ABOVE, REFUSE_ABOVE = 3e-4, 1e-2
 SECOND = 16
+"""Steps from the first sample to the second; after that eight times as many as before."""
 
 
 class Samples:
@@ -60,7 +61,7 @@ class Sample:
     before. A network whose states change much from step to step loses all digits under any scheme.
 
     Args:
-        argument: what the first residual function of a chain is evaluated at.
+        argument: what a residual function of a chain is evaluated at.
         state: the state that it is part of, whose size is the measure: a stream can begin with zeros.
         tolerance: the error that is planned with (:func:`reversa.engine.drift.tolerance`).
     """

@@ -29,7 +29,8 @@ class AffineCoupling(Scheme):
     :meth:`ReversibleSequence.forward_state` of ``scheme.open(x)`` gives all three.
 
     How much is lost depends on the data: a step multiplies rounding errors of the half that it scales by at most
-    :math:`e^m` on its way back, which the drift law counts with. Integers cannot be multiplied by :math:`e^s` and come
+    :math:`e^m` on its way back, which the drift law counts with. Linear stability: that of :class:`AdditiveCoupling`
+    where S = 0; any other constant scale grows or fades. Integers cannot be multiplied by :math:`e^s` and come
     back; for exact arithmetic use :class:`AdditiveCoupling`.
 
     Args:

@@ -82,8 +82,10 @@ class McCallumFoster(Registers):
     :func:`reversa.models.runge_kutta.runge_kutta` makes of a function, and makes two steps. State: the two
     streams, the one that was moved last first; at first both are x, and the output is the last y.
 
-    The order is the method's. A block loses :math:`\log_2(1/\lambda)` bits per element. Linear stability: unlike the
-    midpoint rule's it holds in a region with an inside, which grows as :math:`\lambda` falls.
+    The order is the method's. A block loses :math:`\log_2(1/\lambda)` bits per element. Linear stability: for a real
+    :math:`f = \mu`, whose increments are :math:`\phi_\pm = \Psi_{\pm h}(1)`, with
+    :math:`0 \le \phi_- (1 - \lambda + \phi_+) \le 2 (1 + \lambda)`; with Euler's method that is
+    :math:`-(1 - \lambda) \le h \mu \le 0`.
 
     Args:
         coupling: :math:`\lambda`, in (0, 1]; how strongly the two streams are kept together.
