@@ -225,9 +225,11 @@ class Element:
         self.words: list[int] = []
         self.t = 0
 
-    @staticmethod
-    def integer(x: float, scale: float) -> int:
-        return int(np.rint(np.float32(x) * np.float32(scale)))
+    def integer(self, x: float, scale: float) -> int:
+        return self.rounded(np.float32(x) * np.float32(scale))
+
+    def rounded(self, product: np.floating) -> int:
+        return int(product if self.bits == 64 else np.rint(product))
 
     def step(self, value: float) -> None:
         self.t += 1
@@ -237,7 +239,7 @@ class Element:
         c = self.gamma**self.t * 256 ** len(self.words)
         self.V = signed(self.V + self.integer(value, float((1 - self.gamma) * 2**self.rv / c)), self.bits)
         move = self.real(self.V) * self.real(float(c * 2**self.rx / 2**self.rv))
-        self.X = signed(self.X + int(np.rint(move)), self.bits)
+        self.X = signed(self.X + self.rounded(move), self.bits)
 
     @property
     def x(self) -> float:

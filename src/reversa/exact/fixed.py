@@ -83,5 +83,5 @@ class FixedPoint:
         return 2.0 ** (self.bits - 2 - self.fraction)
 
     def integer(self, x: Tensor, scale: float | Tensor) -> Tensor:
-        """The nearest integers to ``x * scale``."""
+        """``x * scale`` in integers."""
         return rounded(wide(x) * scale, self.dtype)
