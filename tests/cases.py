@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import oracle
 import reversa
-from reversa import Invert, Offload, Recompute, Store
+from reversa import Invert, Mixed, Offload, Recompute, Store
 from reversa.engine import Engine
 from reversa.exact import Arithmetic
 from reversa.schemes import Scheme
@@ -113,6 +114,31 @@ CASES: dict[str, Case] = {
     "dr2net-0": Case(reversa.Dr2Net(1, 0), partial(oracle.dr2net, alpha=1, beta=0)),
 }
 
+
+class Parts(Mixed):
+    """Mixed for chains of any length: computed back, recomputed, computed back again, stored."""
+
+    inverts = True
+
+    def __init__(self) -> None:
+        super().__init__([(Invert(), DEPTH)])
+
+    def of(self, length: int) -> Mixed:
+        cuts = [0, length // 3, length // 2, length - 1, length]
+        engines = (Invert(), Recompute(), Invert(group=1), Store())
+        counts = (b - a for a, b in itertools.pairwise(cuts))
+        return Mixed([(engine, n) for engine, n in zip(engines, counts, strict=True) if n > 0])
+
+    def begin(self, scheme: Scheme, length: int | None = None, first: int = 0) -> Any:
+        return self.of(length or DEPTH).begin(scheme, length, first)
+
+    def run(self, scheme: Scheme, fs: Sequence[Any], *others: Any) -> Any:
+        return self.of(len(fs)).run(scheme, fs, *others)
+
+    def kept_states(self, scheme: Scheme, length: int, dtype: torch.dtype) -> str:
+        return self.of(length).kept_states(scheme, length, dtype)
+
+
 ENGINES: dict[str, Engine] = {
     "invert": Invert(),
     "invert-one-by-one": Invert(group=1),  # small states are replayed several steps at a time by default
@@ -123,6 +149,7 @@ ENGINES: dict[str, Engine] = {
     "recompute1": Recompute(every=1),
     "recompute3": Recompute(every=3),
     "offload": Offload(),
+    "mixed": Parts(),
 }
 
 INVERTERS = {name: engine for name, engine in ENGINES.items() if isinstance(engine, Invert)}

@@ -46,12 +46,13 @@ def x(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_chain_with_dropout_is_right_with_every_engine(name):
-    report = check(sequence(mlp(p=0.5), mlp(p=0.5), engine=ENGINES[name]), x())
+    engine = ENGINES[name].of(6) if name == "mixed" else ENGINES[name]  # check puts other engines in its parts
+    report = check(sequence(mlp(p=0.5), mlp(p=0.5), engine=engine), x())
     assert report.ok, report
     assert row(report, "gradients").errors["float64"] < 1e-12
     assert row(report, "gradients").errors["float32"] < 1e-5
     assert row(report, "slope").errors["float64"] < 1e-5
-    inverted = name.startswith("invert")
+    inverted = name.startswith("invert") or name == "mixed"
     assert bool(row(report, "states").errors) == inverted
 
 

@@ -17,6 +17,7 @@ from cases import (
     FAMILIES,
     Attention,
     Function,
+    Parts,
     Storages,
     chain,
     conv,
@@ -48,6 +49,7 @@ ENGINES = {
     "recompute1": reversa.Recompute(every=1),
     "recompute3": reversa.Recompute(every=3),
     "offload": reversa.Offload(),
+    "mixed": Parts(),
 }
 INVERTERS = ["invert", "one by one", "keep2", "anchors3"]
 STORE = reversa.Store()

@@ -44,6 +44,7 @@ PUBLIC = {
     "Leapfrog",
     "McCallumFoster",
     "Midpoint",
+    "Mixed",
     "Momentum",
     "Offload",
     "Recompute",

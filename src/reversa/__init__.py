@@ -3,7 +3,7 @@
 from reversa import errors, exact, models, schemes
 from reversa.check import CheckReport, check
 from reversa.convert import convert, explain, restore
-from reversa.engine import Invert, Offload, Recompute, Store, is_replaying
+from reversa.engine import Invert, Mixed, Offload, Recompute, Store, is_replaying
 from reversa.errors import ReversaError
 from reversa.schemes import (
     BDIA,
@@ -37,6 +37,7 @@ __all__ = [
     "Leapfrog",
     "McCallumFoster",
     "Midpoint",
+    "Mixed",
     "Momentum",
     "Offload",
     "Recompute",

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from reversa.engine import Engine, Invert, _torch
+from reversa.engine import Engine, Invert, Mixed, _torch
 from reversa.exact import Arithmetic
 from reversa.schemes import Scheme, State
 from reversa.sequence import ReversibleSequence
@@ -169,9 +169,17 @@ def watch(model: nn.Module, engine: Engine | None) -> list[Trace]:
         if engine is not None:
             holder.engine = engine
             continue
-        if isinstance(holder.engine, Invert) and holder.engine.anchors is not None:
-            holder.engine = replace(holder.engine, accept_drift=True)  # where it comes from is for us to say
+        holder.engine = _accepting(holder.engine)
         trace = Trace(name, places)
         vars(holder)["scheme_for"] = partial(trace.looked_at, holder.scheme_for)
         traces.append(trace)
     return traces
+
+
+def _accepting(engine: Engine) -> Engine:
+    """The same engine, which does not raise because of drift: where it comes from is for us to say."""
+    if isinstance(engine, Mixed):
+        return Mixed([(_accepting(part), count) for part, count in engine.parts])
+    if isinstance(engine, Invert) and engine.anchors is not None:
+        return replace(engine, accept_drift=True)
+    return engine

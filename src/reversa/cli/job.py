@@ -7,15 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from reversa.cli.specs import Network
+from reversa.cli.text import takes_ids
 from reversa.cli.ways import Asked, Shape, Way
 from reversa.errors import ReversaError, SettingError
-from reversa.memory import MemoryReport, estimate
 from reversa.memory.fake import NEEDS_NUMBERS
 
 AXES = {
     "batch": "batch (samples)",
     "side": "side of the images (pixels)",
+    "length": "length of the sequences (tokens)",
     "depth": "residual blocks",
     "blocks": "residual blocks in each stage",
 }
@@ -36,9 +39,15 @@ class Job:
         model = way(shape, real=real, **settings)
         return model, self.network.takes(model, shape)
 
-    def estimates(self, ways: Mapping[str, Way]) -> dict[str, MemoryReport]:
-        """One report for each way."""
-        return {name: estimate(*self.made(way), **self.step) for name, way in ways.items()}
+    def inputs(self, against: str | None = None) -> str:
+        """The shape of the inputs, in words; ``against`` stands for the size that changes."""
+        batch, *rest = self.shape
+        changed = {
+            "batch": ("batch", *rest),
+            "side": (batch, *rest[:1], "side", "side"),
+            "length": (batch, "length", *rest[1:]),
+        }
+        return times(changed.get(against or "", self.shape))
 
 
 def sized(job: Job, against: str) -> tuple[str, Callable[[Way, int], tuple[Any, Any]]]:
@@ -48,8 +57,19 @@ def sized(job: Job, against: str) -> tuple[str, Callable[[Way, int], tuple[Any, 
         return against, lambda way, value: job.made(way, (value, *rest))
     if against == "side":
         if len(rest) != 3:
-            raise SettingError(f"--against side needs images, BATCHxCHANNELSxHEIGHTxWIDTH, got {times(job.shape)}")
+            raise SettingError(f"--against side needs images, BATCHxCHANNELSxHEIGHTxWIDTH, got {job.inputs()}")
         return against, lambda way, value: job.made(way, (batch, rest[0], value, value))
+    if against == "length":
+        if len(rest) != 2 and not (len(rest) == 1 and takes_ids(job.network.build())):
+            raise SettingError(
+                "--against length needs sequences, BATCHxLENGTH of token ids or BATCHxLENGTHxWIDTH of embeddings, got "
+                f"{job.inputs()}"
+            )
+        return against, lambda way, value: job.made(way, (batch, value, *rest[1:]))
+    return _deep(job)
+
+
+def _deep(job: Job) -> tuple[str, Callable[[Way, int], tuple[Any, Any]]]:
     own = job.network.settings
     if "depth" in own:
         return "depth", lambda way, value: job.made(way, depth=value)
@@ -77,11 +97,33 @@ def shape_of(text: str | None, network: Network) -> Shape:
     if text is not None:
         return tuple(whole_numbers(text, "x", "--input", "8x3x224x224"))
     if network.shape is None:
-        what = "BATCHxLENGTHxWIDTH of its embeddings, or images" if network.spec.startswith("hf:") else "a shape"
         raise SettingError(
-            f"nothing tells which inputs {network.spec} takes: add --input with {what}, such as 8x128x768"
+            f"nothing tells which inputs {network.spec} takes: add --input with their shape, such as 8x3x224x224 for "
+            "images, 8x128 for token ids, 8x128x768 for embeddings"
         )
     return network.shape
+
+
+def device_named(name: str | None) -> torch.device | None:
+    """The device of ``--device``; None for the CPU, as which a network without weights is counted.
+
+    Raises:
+        SettingError: PyTorch knows no such device, or sees none here.
+    """
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        here = device.type == "cpu" or (device.index or 0) < torch.get_device_module(device).device_count()
+    except (AttributeError, RuntimeError) as error:
+        raise SettingError(f"--device takes cpu, cuda, cuda:1, mps or the like, got {name!r}") from error
+    if not here:
+        raise SettingError(
+            f"--device {name}: PyTorch sees no such device here, and a backward pass asks it also where nothing is "
+            "computed. Run this where it is. Without --device a step is estimated as the CPU runs it; notes under the "
+            "report say what differs."
+        )
+    return None if device.type == "cpu" else device
 
 
 def whole_numbers(text: str, separator: str, flag: str, example: str) -> list[int]:
@@ -100,7 +142,7 @@ def whole_numbers(text: str, separator: str, flag: str, example: str) -> list[in
 
 
 @contextmanager
-def explained(job: Job, measures: bool) -> Iterator[None]:
+def explained(job: Job, measures: bool = False, against: str | None = None) -> Iterator[None]:
     """The network's own errors as a message; where numbers decide, the flag that runs the step."""
     try:
         yield
@@ -114,8 +156,8 @@ def explained(job: Job, measures: bool) -> Iterator[None]:
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         first = str(error).strip().split("\n", 1)[0].rstrip(".!")
         raise SettingError(
-            f"{job.network.spec} cannot make a training step with these inputs ({times(job.shape)}): "
-            f"{type(error).__name__}: {first}. Choose another --input."
+            f"{job.network.spec} cannot make a training step with these inputs ({job.inputs(against)}): "
+            f"{type(error).__name__}: {first}. Choose {'other --values' if against else 'another --input'}."
         ) from error
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from reversa import models
+from reversa.cli.text import IDS, arguments, default_shape
 from reversa.errors import ReversaError, SettingError, import_extra, nearest
 from reversa.sequence import ReversibleSequence
 
@@ -32,6 +34,7 @@ class Network:
         shape: of the inputs, where none is given; None where nothing tells it.
         settings: of a network of :mod:`reversa.models`, with their defaults.
         reversible: it consists of chains already, and has their engine as a setting.
+        device: where it is made, with weights; None for the meta device, and the CPU where it needs weights.
     """
 
     spec: str
@@ -39,9 +42,10 @@ class Network:
     shape: tuple[int, ...] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     reversible: bool = False
+    device: torch.device | None = None
 
     def build(self, real: bool = False, **settings: Any) -> nn.Module:
-        """The network: on the meta device, without memory, or with weights.
+        """The network: on the meta device, without memory, or with weights; on the device that was asked for.
 
         Raises:
             SettingError: what was to make it fails, or makes something else.
@@ -49,7 +53,8 @@ class Network:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of first weights that will be others some day
-                model = self.create(**settings) if real else self._on_meta(settings)
+                with torch.device(self.device) if self.device else nullcontext():
+                    model = self.create(**settings) if real or self.device else self._on_meta(settings)
         except ReversaError:
             raise
         except Exception as error:
@@ -58,7 +63,7 @@ class Network:
             ) from error
         if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SettingError(f"{self.spec} must make a torch.nn.Module, got {type(model).__name__}")
-        return model.train()
+        return (model.to(self.device) if self.device else model).train()
 
     def _on_meta(self, settings: dict[str, Any]) -> nn.Module:
         try:
@@ -70,11 +75,8 @@ class Network:
             return self.create(**settings)
 
     def takes(self, model: nn.Module, shape: tuple[int, ...]) -> Any:
-        """A shape as the argument of the model's call; models of text take it as that of embeddings."""
-        name = getattr(model, "main_input_name", None)
-        if self.spec.startswith("hf:") and isinstance(name, str):
-            return {"inputs_embeds" if name == "input_ids" else name: shape}
-        return shape
+        """A shape as what the model is called with: models of text take it as that of token ids, or of embeddings."""
+        return arguments(model, shape, self.spec)
 
 
 def network_named(spec: str) -> Network:
@@ -135,7 +137,25 @@ def _hugging_face(spec: str, name: str) -> Network:
             f"{_unknown(name, kinds, 'transformers', 'CONFIG_MAPPING_NAMES')} hf: takes a kind of model, such as "
             "hf:gpt2, with the settings that its class has, or a folder with a config.json; nothing is downloaded."
         )
-    return Network(spec, lambda: transformers.AutoModel.from_config(config))
+    transformers.logging.set_verbosity_error()  # it would tell of losses and first weights that nobody asked for
+    auto = _language_model(transformers, config)
+    network = Network(spec, lambda: auto.from_config(config))
+    return replace(network, shape=default_shape(network.build()))
+
+
+def _language_model(transformers: Any, config: Any) -> Any:
+    """What makes the model that is trained: of text the language model, with its loss; else the network without head."""
+    own = transformers.MODEL_MAPPING.get(type(config), None)
+    if getattr(own, "main_input_name", None) == IDS:
+        kinds = import_extra("transformers.models.auto.modeling_auto", "hf")
+        for task, auto in (
+            ("SEQ_TO_SEQ_CAUSAL_LM", transformers.AutoModelForSeq2SeqLM),
+            ("MASKED_LM", transformers.AutoModelForMaskedLM),
+            ("CAUSAL_LM", transformers.AutoModelForCausalLM),
+        ):
+            if config.model_type in getattr(kinds, f"MODEL_FOR_{task}_MAPPING_NAMES"):
+                return auto
+    return transformers.AutoModel
 
 
 def _unknown(name: str, known: Iterable[str], package: str, where: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reversa.cli.specs import Network
+from reversa.cli.specs import Network, network_named
 from reversa.convert import convert
 from reversa.errors import SettingError
 from reversa.exact import check_exact
@@ -21,6 +21,15 @@ from reversa.train.config import ENGINES, make_scheme
 Shape = tuple[int, ...]
 Way = Callable[..., nn.Module]
 """Makes the model: ``way(shape, real=False, **settings of a network of reversa.models)``."""
+
+REVNETS = {
+    "resnet32": "revnet38",
+    "resnet110": "revnet110",
+    "resnet164": "revnet164",
+    "resnet50": "revnet56",
+    "resnet101": "revnet104",
+}
+"""The RevNets of about the same depth and parameters, which their authors compared with these networks."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,14 @@ class Asked:
 
 def way_asked(network: Network, asked: Asked) -> Way:
     """The network as it is; converted, or with settings of its own, where any were asked for."""
+    return partial(_as_it_is, network) if asked == Asked() else _reversible(network, asked)
+
+
+def name_asked(network: Network, asked: Asked) -> str:
+    """What :func:`way_asked` makes of the network, in words."""
     if asked == Asked():
-        return partial(_as_it_is, network)
-    return partial(_with_settings if network.reversible else _converted, network, asked)
+        return "as it is"
+    return asked.chain_name if network.reversible else asked.scheme_name
 
 
 def pair(network: Network, asked: Asked) -> dict[str, Way]:
@@ -67,22 +81,57 @@ def pair(network: Network, asked: Asked) -> dict[str, Way]:
 
 
 def every_way(network: Network, asked: Asked) -> dict[str, Way]:
-    """The network with stored activations first, then checkpointed, reversible, and reversible in exact arithmetic.
+    """Stored activations first, then checkpointed, reversible, as a RevNet, and reversible in exact arithmetic.
+
+    Not every network can be made in every way: which one cannot, only making it tells.
 
     Raises:
         SettingError: what was asked for does not go together.
     """
-    arithmetics = [replace(asked, exact=False)]
-    if asked.exact or _can_be_exact(network, asked):
-        arithmetics.append(replace(asked, exact=True))
+    inexact, exact = (replace(asked, exact=exact) for exact in (False, True))
+    ways: dict[str, Way]
     if network.reversible:
-        stored, recomputed = (replace(asked, engine=engine, exact=False) for engine in ("store", "recompute"))
-        return {one.chain_name: partial(_with_settings, network, one) for one in (stored, recomputed, *arithmetics)}
-    plain: dict[str, Way] = {
-        "plain": partial(_as_it_is, network),
-        "checkpoint each block": partial(_checkpointed, network),
-    }
-    return plain | {one.scheme_name: partial(_converted, network, one) for one in arithmetics}
+        kept = [replace(inexact, engine=engine) for engine in ("store", "recompute")]
+        ways = {one.chain_name: partial(_with_settings, network, one) for one in (*kept, inexact)}
+    else:
+        ways = {
+            "plain": partial(_as_it_is, network),
+            "checkpoint each block": partial(_checkpointed, network),
+            inexact.scheme_name: _reversible(network, inexact),
+        }
+    ways |= _revnet(network, asked)
+    if asked.exact or _can_be_exact(network, asked):
+        ways[exact.chain_name if network.reversible else exact.scheme_name] = _reversible(network, exact)
+    return ways
+
+
+def _revnet(network: Network, asked: Asked) -> dict[str, Way]:
+    """The RevNet beside a network of `reversa models`, where there is one of the same depth."""
+    only = Asked(engine=asked.engine)
+    if asked.scheme == "revnet":
+        return {}
+    if network.reversible:
+        scheme = replace(only, scheme="revnet")
+        return {scheme.scheme_name: _reversible(network, scheme)} if "scheme" in network.settings else {}
+    if "trunk" in network.settings:
+        return {"RevNet": partial(_with_settings, network, only, trunk="revnet")}
+    if (name := REVNETS.get(network.spec)) is None:
+        return {}
+    other = replace(network_named(name), device=network.device)
+    return {f"RevNet ({name})": partial(_of_pairs, other, only)}
+
+
+def _of_pairs(network: Network, asked: Asked, shape: Shape, real: bool = False, **settings: Any) -> nn.Module:
+    """A RevNet with as many residual functions as a ResNet of these settings: a block of its has two."""
+    if "blocks" in settings:
+        settings["blocks"] = tuple((blocks + 1) // 2 for blocks in settings["blocks"])
+    return _with_settings(network, asked, shape, real, **settings)
+
+
+def _reversible(network: Network, asked: Asked) -> Way:
+    if network.reversible:
+        return partial(_with_settings, network, asked)
+    return partial(_on_trunk if "trunk" in network.settings else _converted, network, asked)
 
 
 def _can_be_exact(network: Network, asked: Asked) -> bool:
@@ -120,8 +169,21 @@ def _example(network: Network, model: nn.Module, shape: Shape) -> Any:
     """Other packages' models tell by themselves which inputs they take."""
     if network.spec.startswith(("timm:", "hf:")) or type(model).__module__.startswith("torchvision."):
         return None
+    given = network.takes(model, shape)
+    if isinstance(given, dict):
+        return None
+    if isinstance(given, torch.Tensor):
+        return given
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def _on_trunk(network: Network, asked: Asked, shape: Shape, real: bool = False, **settings: Any) -> nn.Module:
+    """A Vision Transformer of Reversa's own, whose trunk is reversible by a setting: it is not converted."""
+    trunk = asked.scheme or "momentum"
+    if trunk not in ("momentum", "revnet"):
+        raise SettingError(f"{network.spec} has a trunk for --scheme momentum and for revnet, got {trunk}")
+    return _with_settings(network, replace(asked, scheme=None), shape, real, trunk=trunk, **settings)
 
 
 def _with_settings(network: Network, asked: Asked, shape: Shape, real: bool = False, **settings: Any) -> nn.Module:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -60,8 +60,6 @@ class Invert(Engine):
     group: int | None = None
     verify: bool = False
 
-    inverts: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.keep < 0:
             raise SettingError(f"Invert needs keep >= 0 steps, got {self.keep}")
@@ -74,13 +72,23 @@ class Invert(Engine):
         if self.group is not None and self.group < 1:
             raise SettingError(f"Invert needs group >= 1 steps, got {self.group}")
 
-    def begin(self, scheme: Scheme, length: int | None = None) -> Steps:
-        return _InvertSteps(scheme, self, length)
+    @property
+    def inverts(self) -> bool:
+        return True
+
+    def begin(self, scheme: Scheme, length: int | None = None, first: int = 0) -> Steps:
+        return _InvertSteps(scheme, self, length, first)
 
     def run(
-        self, scheme: Scheme, fs: Sequence[Function], opening: Opening, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        scheme: Scheme,
+        fs: Sequence[Function],
+        opening: Opening,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        first: int = 0,
     ) -> tuple[State, Any]:
-        return _InvertSteps(scheme, self, len(fs)).run(fs, opening, args, kwargs)
+        return _InvertSteps(scheme, self, len(fs), first).run(fs, opening, args, kwargs)
 
     def interval(self, scheme: Scheme, length: int | None, dtype: torch.dtype, under: torch.dtype) -> int | None:
         """Steps from one kept state to the next; None where only the last is kept.
@@ -113,10 +121,11 @@ class Invert(Engine):
 class _InvertSteps(Steps):
     """Chains of recorded steps, one behind the other: where one ends, a state is kept."""
 
-    def __init__(self, scheme: Scheme, engine: Invert, length: int | None) -> None:
-        super().__init__(scheme)
+    def __init__(self, scheme: Scheme, engine: Invert, length: int | None, first: int) -> None:
+        super().__init__(scheme, first)
         self.engine = engine
         self.inverted = None if length is None else max(0, length - engine.keep)
+        self.stop = None if self.inverted is None else first + self.inverted
         self.length = length
         self.interval: int | None = None
         self.tolerance: float = 0.0
@@ -127,7 +136,7 @@ class _InvertSteps(Steps):
     def _take(
         self, f: Function, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: Any, where: object
     ) -> tuple[State, Any]:
-        if not is_recording() or state[0].is_nested or (self.inverted is not None and self.taken >= self.inverted):
+        if not is_recording() or state[0].is_nested or (self.stop is not None and self.taken >= self.stop):
             self.end()
             return plain_step(self.scheme, f, state, self.taken, args, kwargs, where)
         if not self.begun:
@@ -175,20 +184,20 @@ class _InvertSteps(Steps):
         self, fs: Sequence[Function], opening: Opening, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[State, Any]:
         """All steps, one directly after another: no backward pass comes in between, so only ends are kept."""
-        state, output, inverted = opening(), None, len(fs) - self.engine.keep
+        state, output, inverted, first = opening(), None, len(fs) - self.engine.keep, self.taken
         if is_recording() and not state[0].is_nested and inverted > 0:
             self._look_at(state)
             extras, every = Extras(args, kwargs), self.interval or inverted
-            for first in range(0, inverted, every):
-                chain = self._chain(state, first, fs[first])
+            for i in range(0, inverted, every):
+                chain = self._chain(state, self.taken, fs[i])
                 with deterministic(self.scheme, state[0].device):
-                    for f in fs[first : min(first + every, inverted)]:
+                    for f in fs[i : min(i + every, inverted)]:
                         output = None  # what a function returned is let go before the next one runs
                         state, output = chain.step(f, state, extras, f)
                         self.taken += 1
                 chain.reach(state)
                 chain.end()
-        for f in fs[self.taken :]:
+        for f in fs[self.taken - first :]:
             output = None
             state, output = self.step(f, state, args, kwargs)
         return state, output

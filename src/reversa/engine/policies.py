@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.autograd.graph import save_on_cpu
@@ -22,8 +22,10 @@ from reversa.schemes import Scheme, State
 class Engine(ABC):
     """A policy for what the backward pass needs. It knows no formula."""
 
-    inverts: ClassVar[bool] = False
-    """The backward pass goes back over steps by the scheme's inverse."""
+    @property
+    def inverts(self) -> bool:
+        """Whether the backward pass goes back over steps by the scheme's inverse."""
+        return False
 
     def __repr__(self) -> str:
         """The settings that differ from the defaults."""
@@ -31,19 +33,28 @@ class Engine(ABC):
         return f"{type(self).__name__}({', '.join(changed)})"
 
     @abstractmethod
-    def begin(self, scheme: Scheme, length: int | None = None) -> Steps:
-        """Begin a chain that is made step by step.
+    def begin(self, scheme: Scheme, length: int | None = None, first: int = 0) -> Steps:
+        """Begin a chain, or a part of one, that is made step by step.
 
         Args:
             scheme: the update rule.
             length: number of steps, where it is known.
+            first: number of the first of them: of a part, the steps before it.
         """
 
     def run(
-        self, scheme: Scheme, fs: Sequence[Function], opening: Opening, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        scheme: Scheme,
+        fs: Sequence[Function],
+        opening: Opening,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        first: int = 0,
     ) -> tuple[State, Any]:
-        """All steps of a chain with the same extra arguments: the last state, and what the last ``f`` returned."""
-        steps = self.begin(scheme, len(fs))
+        """All steps of a chain, or of a part of one, with the same extra arguments: the last state, and what the last
+        ``f`` returned.
+        """
+        steps = self.begin(scheme, len(fs), first)
         state, output = opening(), None
         for f in fs:
             output = None  # what a function returned is let go before the next one runs
@@ -65,8 +76,8 @@ class Store(Engine):
     >>> seq.engine = reversa.Store()
     """
 
-    def begin(self, scheme: Scheme, length: int | None = None) -> Steps:
-        return PlainSteps(scheme)
+    def begin(self, scheme: Scheme, length: int | None = None, first: int = 0) -> Steps:
+        return PlainSteps(scheme, first)
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,16 +92,16 @@ class Offload(Engine):
 
     pin_memory: bool = False
 
-    def begin(self, scheme: Scheme, length: int | None = None) -> Steps:
-        return _OffloadSteps(scheme, self.pin_memory)
+    def begin(self, scheme: Scheme, length: int | None = None, first: int = 0) -> Steps:
+        return _OffloadSteps(scheme, self.pin_memory, first)
 
     def kept_states(self, scheme: Scheme, length: int, dtype: torch.dtype) -> str:
         return f"the activations of {length} steps, in the host's memory"
 
 
 class _OffloadSteps(Steps):
-    def __init__(self, scheme: Scheme, pin_memory: bool) -> None:
-        super().__init__(scheme)
+    def __init__(self, scheme: Scheme, pin_memory: bool, first: int) -> None:
+        super().__init__(scheme, first)
         self.pin_memory = pin_memory
 
     def _take(
@@ -122,23 +133,29 @@ class Recompute(Engine):
         if self.every < 1:
             raise SettingError(f"Recompute needs every >= 1 step, got {self.every}")
 
-    def begin(self, scheme: Scheme, length: int | None = None) -> Steps:
+    def begin(self, scheme: Scheme, length: int | None = None, first: int = 0) -> Steps:
         if self.every > 1:
             raise SettingError(
                 f"Recompute(every={self.every}) needs all its steps at once, but they are made one by one here "
                 "(inside another model's loop). Use Recompute(every=1)."
             )
-        return _RecomputeSteps(scheme)
+        return _RecomputeSteps(scheme, first)
 
     def run(
-        self, scheme: Scheme, fs: Sequence[Function], opening: Opening, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        scheme: Scheme,
+        fs: Sequence[Function],
+        opening: Opening,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        first: int = 0,
     ) -> tuple[State, Any]:
         if self.every == 1:
-            return super().run(scheme, fs, opening, args, kwargs)
-        steps = _RecomputeSteps(scheme)
+            return super().run(scheme, fs, opening, args, kwargs, first)
+        steps = _RecomputeSteps(scheme, first)
         state, output = opening(), None
-        for first in range(0, len(fs), self.every):
-            state, output = steps.several(fs[first : first + self.every], state, args, kwargs)
+        for i in range(0, len(fs), self.every):
+            state, output = steps.several(fs[i : i + self.every], state, args, kwargs)
         return state, output
 
     def kept_states(self, scheme: Scheme, length: int, dtype: torch.dtype) -> str:
@@ -160,8 +177,7 @@ class _RecomputeSteps(Steps):
         self, fs: Sequence[Function], state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[State, Any]:
         def some(*state: torch.Tensor) -> tuple[State, Any]:
-            steps, output = PlainSteps(self.scheme), None
-            steps.taken = first
+            steps, output = PlainSteps(self.scheme, first), None
             for f in fs:
                 output = None
                 state, output = steps.step(f, state, args, kwargs)

@@ -120,13 +120,16 @@ def plain_step(
 
 
 class Steps(ABC):
-    """Steps of one chain in the making: one :meth:`step` after another, each with its own arguments, then "
-    ":meth:`end`.
+    """Steps of one chain in the making: one :meth:`step` after another, each with its own arguments, then :meth:`end`.
+
+    Args:
+        scheme: the update rule.
+        first: number of the first step, where others were made before.
     """
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, first: int = 0) -> None:
         self.scheme = scheme
-        self.taken: int = 0
+        self.taken: int = first
 
     @abstractmethod
     def _take(

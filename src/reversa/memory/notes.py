@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from reversa.check.trace import chains
-from reversa.engine import Offload
+from reversa.engine import Engine, Mixed, Offload
 from reversa.schemes import IResNet
 
 ALLOCATOR = (
@@ -66,7 +66,7 @@ def _notes(model: nn.Module, device: torch.device, measured: bool) -> Iterator[s
         yield ALLOCATOR
     if on_cpu and any(_drops(module) for module in model.modules()):
         yield DROPOUT
-    if on_cpu and any(isinstance(holder.engine, Offload) for holder in holders):
+    if on_cpu and any(_offloads(holder.engine) for holder in holders):
         yield OFFLOAD
     if on_cpu and any(holder.exact is not False for holder in holders):
         yield MIXED
@@ -77,6 +77,11 @@ def _notes(model: nn.Module, device: torch.device, measured: bool) -> Iterator[s
     devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
     if len(devices) > 1:
         yield SEVERAL.format(devices=" and ".join(devices), device=device)
+
+
+def _offloads(engine: Engine) -> bool:
+    engines = [part for part, _ in engine.parts] if isinstance(engine, Mixed) else [engine]
+    return any(isinstance(each, Offload) for each in engines)
 
 
 def _drops(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from reversa.convert import explain
+from reversa.errors import ConversionError
 from reversa.memory.estimate import estimate
 from reversa.memory.report import MemoryReport
 from reversa.memory.settings import Loss, OptimizerLike
@@ -65,7 +66,7 @@ def checkpointed(model: Model, example: Any = None) -> Model:
         The model itself.
 
     Raises:
-        ConversionError: nothing tells which inputs the model takes, and no example was given.
+        ConversionError: nothing tells which inputs the model takes, and no example was given; or it has no such block.
 
     >>> import torch
     >>> from reversa.memory import estimate
@@ -74,7 +75,10 @@ def checkpointed(model: Model, example: Any = None) -> Model:
     >>> estimate(checkpointed(layers), (8, 5, 16)).held_bytes < before / 5
     True
     """
-    for stage in explain(model, example).stages:
+    stages = explain(model, example).stages
+    if not stages:
+        raise ConversionError("no residual block was found to put a checkpoint around: `reversa.explain` tells why")
+    for stage in stages:
         for name in stage.blocks:
             block = model.get_submodule(name)
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
