@@ -8,6 +8,8 @@ import importlib
 import io
 import json
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import reversa
 from reversa.cli import main
 from reversa.cli.specs import network_named
-from reversa.errors import OutputError
+from reversa.cli.ways import REVNETS
+from reversa.errors import ConversionError, OutputError, SettingError
 from reversa.memory import estimate, measure
 from reversa.memory.pictures import draw_bars, draw_peaks, draw_timelines
 from reversa.memory.sweep import checkpointed, sweep
@@ -44,6 +47,9 @@ class Deciding(Block):
 
 def chain():
     return nn.Sequential(*(Block() for _ in range(6)))
+
+def wider():
+    return nn.Sequential(*(Block() for _ in range(9)))
 
 def deciding():
     return nn.Sequential(*(Deciding() for _ in range(6)))
@@ -245,6 +251,98 @@ def test_csv_has_a_row_for_each_way_and_size(capsys):
     assert int(rows[1]["peak_bytes"]) == measure(model, (2, 3, 16, 16), optimizer=torch.optim.SGD, repeats=1).peak_bytes
 
 
+def test_residual_networks_have_a_revnet_beside_them(capsys):
+    arguments = ("resnet32", "--compare", "--against", "depth", "--values", "2,3", "--input", "2x3x8x8", "--json")
+    rows = {(row["way"], row["depth"]): row for row in json.loads(printed(capsys, *arguments))}
+    ways = ["plain", "checkpoint each block", "Momentum(0.9)", "RevNet (revnet38)", "Momentum(0.9), exact"]
+    assert list(dict.fromkeys(way for way, _ in rows)) == ways
+    for depth, pairs in ((2, 1), (3, 2)):  # a RevNet's block has two residual functions
+        model = reversa.models.create("revnet38", blocks=(pairs,) * 3)
+        report = measure(model, (2, 3, 8, 8), optimizer=torch.optim.SGD, repeats=1)
+        assert rows["RevNet (revnet38)", depth]["peak_bytes"] == report.peak_bytes
+        assert rows["RevNet (revnet38)", depth]["held_bytes"] == report.held_bytes
+
+
+def test_pairs_of_networks_have_as_many_parameters():
+    for name, other in REVNETS.items():
+        one, two = (sum(p.numel() for p in network_named(spec).build().parameters()) for spec in (name, other))
+        assert one == pytest.approx(two, rel=0.05), name
+
+
+def test_vision_transformers_are_reversible_by_their_trunk(capsys):
+    assert main(["memory", "vit", "--compare", "--input", "2x3x8x8", "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = {row["way"]: row for row in json.loads(out)}
+    assert err.startswith("Left out: checkpoint each block: no residual block was found to put a checkpoint around")
+    trunks = {"plain": {}, "RevNet": {"trunk": "revnet"}, "Momentum(0.9)": {"trunk": "momentum", "gamma": 0.9}}
+    assert list(rows) == ["plain", "Momentum(0.9)", "RevNet", "Momentum(0.9), exact"]
+    for way, settings in trunks.items():
+        model = reversa.models.create("vit", **settings)
+        report = measure(model, (2, 3, 8, 8), optimizer=torch.optim.SGD, repeats=1)
+        assert (rows[way]["peak_bytes"], rows[way]["held_bytes"]) == (report.peak_bytes, report.held_bytes)
+
+
+def test_what_does_not_convert_is_left_out_with_the_reason(capsys):
+    assert main(["memory", "heunnet32", "--compare", "--input", "2x3x8x8", "--csv"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["way"] for row in csv.DictReader(io.StringIO(out))] == ["plain"]
+    assert "Left out: Momentum(0.9), Momentum(0.9), exact: no convertible stage was found.\n" in err
+
+
+def test_checkpoints_need_a_block():
+    with pytest.raises(ConversionError, match="no residual block was found"):
+        checkpointed(nn.Sequential(nn.Linear(4, 4)), torch.zeros(2, 4))
+
+
+def test_one_block_more_is_what_a_block_more_holds(capsys):
+    arguments = ("resnet32", "--against", "depth", "--values", "4,5", "--input", "2x3x8x8", "--optimizer", "none")
+    four, five = (row for row in json.loads(printed(capsys, *arguments, "--json")) if row["way"] == "plain")
+    first = 2 * (16 * 8 * 8) * 4  # one tensor of the first stage; in the second there are half, in the third a quarter
+    tensors, statistics = 4, 4 * (16 + 32 + 64) * 4  # two inputs of a BN and two of a convolution; a mean, a deviation
+    assert five["held_bytes"] - four["held_bytes"] == tensors * first * 7 // 4 + statistics
+    assert four["one_block_more_bytes"] == pytest.approx(tensors * first + 4 * 16 * 4, rel=0.01)
+
+
+def test_several_networks_have_a_row_each(capsys, nets):
+    specs, flags = ("usersnets:chain", "usersnets:wider"), ("--input", "2x8", "--optimizer", "none")
+    singles = [json.loads(printed(capsys, spec, *flags, "--json")) for spec in specs]
+    rows = json.loads(printed(capsys, *specs, *specs, *flags, "--json"))  # who is named twice is one
+    assert [(row["network"], row["way"]) for row in rows] == [(spec, "as it is") for spec in specs]
+    assert [row["peak_bytes"] for row in rows] == [single["peak_bytes"] for single in singles]
+    lines = printed(capsys, *specs, "--compare", *flags).splitlines()
+    assert lines[0] == "usersnets:chain, usersnets:wider: a training step, estimated (inputs 2 x 8)"
+    names = [line.split("  ")[0] for line in lines[3:]]
+    assert names[0] == "usersnets:chain: plain"
+    assert names[-1] == "usersnets:wider: Momentum(0.9), exact"
+    assert len(names) == 2 * 4
+
+
+def test_networks_of_different_inputs_say_so(capsys):
+    lines = printed(capsys, "revnet38", "reversibleresnet").splitlines()
+    assert lines[0] == "revnet38, reversibleresnet: a training step, estimated (optimizer SGD)"
+    assert lines[2].split()[0] == "inputs"
+    assert ["32 x 3 x 32 x 32" in lines[3], "32 x 1 x 32 x 32" in lines[4]] == [True, True]
+
+
+def test_the_cpu_is_where_a_step_is_made_unless_told(capsys):
+    flags = ("revnet38", "--input", "2x3x8x8", "--json")
+    assert printed(capsys, *flags, "--device", "cpu") == printed(capsys, *flags)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_cuda(capsys):
+    flags = ("vit", "--input", "2x3x8x8", "--scheme", "revnet", "--device", "cuda", "--json")
+    assert json.loads(printed(capsys, *flags))["device"].startswith("cuda")
+    told = json.loads(printed(capsys, *flags, "--measure"))
+    kinds = {
+        side: {k: v for k, v in told[side]["after_forward"].items() if k != "unseen"}
+        for side in told
+        if side != "ratios"
+    }
+    assert kinds["measured"] == pytest.approx(kinds["estimated"], rel=0.01)
+
+
 def test_networks_are_made_without_memory():
     pytest.importorskip("torchvision.models")
     for spec in ("revnet38", "torchvision:resnet18", "resnet18"):
@@ -300,6 +398,26 @@ def test_pictures_are_written(capsys, tmp_path, nets):
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("timeline", "bars"))
 
 
+def test_lines_are_named_in_their_colours_and_apart(capsys, nets):
+    pytest.importorskip("matplotlib.figure")
+    shape = ("--input", "2x8", "--against", "batch", "--values", "2,4")
+    assert main(["memory", "usersnets:chain", "--compare", *shape, "--out", "peak"]) == 0
+    assert "Wrote peak.png\nWrote peak.svg" in capsys.readouterr().err
+    assert Path("peak.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in Path("peak.svg").read_text()
+
+    reports = [estimate(nn.Linear(64, 64), (batch, 64)) for batch in (4, 8)]
+    axes = draw_peaks((4, 8), dict.fromkeys("abcdef", reports), "batch", "same.svg").axes[0]
+    heights = sorted(text.get_position()[1] for text in axes.texts)
+    gaps = [high - low for low, high in pairwise(heights)]
+    assert min(gaps) == pytest.approx(0.065 * axes.get_ylim()[1])  # six names of one point, and none on another
+    assert {t.get_text(): t.get_color() for t in axes.texts} == {
+        line.get_label(): line.get_color() for line in axes.get_lines()
+    }
+    with pytest.raises(SettingError, match="at most 6 lines, and these are 7"):
+        draw_peaks((4, 8), dict.fromkeys("abcdefg", reports), "batch", "many.svg")
+
+
 # ---------------------------------------------------------------------- mistakes
 
 
@@ -317,7 +435,18 @@ def test_pictures_are_written(capsys, tmp_path, nets):
         (["torchvision:resnet18", "--against", "depth", "--values", "2"], "torchvision:resnet18 takes no depth"),
         (["usersnets:chain", "--against", "side", "--values", "8", "--input", "4x8"], "needs images"),
         (["revnet38", "--scheme", "momentum"], "revnet38 is reversible, by a scheme of its own"),
-        (["vit", "--compare"], "no convertible stage was found"),  # it has an engine, and chains on other trunks only
+        (["vit", "--scheme", "dr2net"], "vit has a trunk for --scheme momentum and for revnet, got dr2net"),
+        (["heunnet32", "--against", "batch", "--values", "2"], "no convertible stage was found"),
+        (
+            ["heunnet32", "--compare", "--input", "2x4x8x8"],
+            "cannot make a training step with these inputs (2 x 4 x 8 x 8)",
+        ),
+        (["revnet38", "--compare", "--measure"], "--measure runs one network in one way"),
+        (["revnet38", "resnet32", "--measure"], "give one SPEC"),
+        (["revnet38", "--device", "gpu"], "--device takes cpu, cuda, cuda:1, mps or the like, got 'gpu'"),
+        (["revnet38", "--device", "cuda:99"], "PyTorch sees no such device here"),
+        (["resnet32", "reversibleresnet", "--against", "depth", "--values", "3"], "give them one by one"),
+        (["resnet32", "vit", "--compare", "--timeline", "x"], "at most 6 lines, and these are 10"),
         (["revnet38", "--gamma", "0.5"], "revnet38 has no setting gamma"),
         (["resnet32", "--scheme", "momentums"], "Did you mean: momentum"),
         (["resnet32", "--scheme", "revnet"], "cannot take over another model's blocks"),

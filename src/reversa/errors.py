@@ -19,6 +19,21 @@ class SettingError(ReversaError, ValueError):
     """A setting outside its range, or an unknown name."""
 
 
+class BudgetError(SettingError):
+    """No plan fits into the memory that was allowed.
+
+    Attributes:
+        least_bytes: what the plan of least memory takes.
+    """
+
+    def __init__(self, message: str, least_bytes: int) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
+
+    def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int]]:
+        return type(self), (str(self), self.least_bytes)
+
+
 class BlockError(ReversaError):
     """A residual function cannot stand in a reversible step: its output changes shape or dtype, is missing, ..."""
 

@@ -144,7 +144,7 @@ def _hugging_face(spec: str, name: str) -> Network:
 
 
 def _language_model(transformers: Any, config: Any) -> Any:
-    """What makes the model that is trained: of text the language model, with its loss; else the network without head."""
+    """What makes the model that is trained: of text the language model, else the network without head."""
     own = transformers.MODEL_MAPPING.get(type(config), None)
     if getattr(own, "main_input_name", None) == IDS:
         kinds = import_extra("transformers.models.auto.modeling_auto", "hf")

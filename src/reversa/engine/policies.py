@@ -169,7 +169,7 @@ class _RecomputeSteps(Steps):
         """The function alone is checkpointed: its argument is stored, not the whole state."""
 
         def recomputed(*given: Any, **named: Any) -> Any:
-            return _checkpointed(partial(f, **named), given, [module], where)
+            return checkpointed(partial(f, **named), given, [module], where)
 
         return plain_step(self.scheme, recomputed, state, self.taken, args, kwargs, where)
 
@@ -185,10 +185,11 @@ class _RecomputeSteps(Steps):
 
         first, self.taken = self.taken, self.taken + len(fs)
         where = f"steps {first} to {self.taken - 1}"
-        return _checkpointed(some, state, fs, where)
+        return checkpointed(some, state, fs, where)
 
 
-def _checkpointed(function: Any, given: Sequence[Any], modules: Sequence[Any], where: object) -> Any:
+def checkpointed(function: Any, given: Sequence[Any], modules: Sequence[Any], where: object) -> Any:
+    """``function(*given)``, of which autograd keeps the arguments alone; the modules' statistics move once."""
     if not is_recording():
         return function(*given)
     watches = [Watch(module) for module in modules]

@@ -1,8 +1,23 @@
-"""What training costs in memory: estimated without computing, and measured."""
+"""What training costs in memory: estimated without computing, measured, and planned under a budget."""
 
 from reversa.memory.estimate import estimate
 from reversa.memory.live import LiveBytes
 from reversa.memory.measure import measure
+from reversa.memory.plan import plan
+from reversa.memory.planned import Plan, Way
 from reversa.memory.report import Flops, MemoryReport, Moment, StageMemory
+from reversa.memory.speed import Speed
 
-__all__ = ["Flops", "LiveBytes", "MemoryReport", "Moment", "StageMemory", "estimate", "measure"]
+__all__ = [
+    "Flops",
+    "LiveBytes",
+    "MemoryReport",
+    "Moment",
+    "Plan",
+    "Speed",
+    "StageMemory",
+    "Way",
+    "estimate",
+    "measure",
+    "plan",
+]

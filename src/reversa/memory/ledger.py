@@ -78,6 +78,13 @@ class Ledger(LiveBytes):
         with self:
             yield
 
+    def move(self, place: Place | None, given: Any = ()) -> None:
+        """What follows is made in that place, which was given those arguments."""
+        self.place = place
+
+    def left(self, place: Place, output: Any) -> None:
+        """That place has returned this."""
+
     def was_there(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Count tensors as if they had been alive from the beginning on."""
         self._kind, before = kind, self._sum

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from reversa.drawing import COLOURS, new_figure, saved, tidy
+from reversa.errors import SettingError
 from reversa.memory.report import MemoryReport
 from reversa.memory.timeline import Timeline
+
+LINES = (("#0072b2", "o"), ("#e69f00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#d55e00", "v"), ("#56b4e9", "P"))
+"""Colours that people tell apart who see no red or no green (Okabe and Ito), and marks for who sees none."""
 
 
 def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path) -> Any:
@@ -16,12 +21,13 @@ def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path) -> Any:
 
     Args:
         timelines: of :func:`reversa.memory.timeline.timeline`, by name.
-        path: the file to write, whose ending tells the format.
+        path: the file to write, whose ending tells the format; without an ending a PNG and an SVG are written.
 
     Returns:
         The figure, of matplotlib.
 
     Raises:
+        SettingError: more than six lines, which nobody can tell apart.
         OutputError: the file cannot be written.
         MissingExtra: matplotlib is not installed.
 
@@ -30,10 +36,11 @@ def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path) -> Any:
     >>> lines = {"linear": timeline(torch.nn.Linear(8, 8), (4, 8))}
     >>> figure = draw_timelines(lines, Path(tempfile.mkdtemp()) / "timeline.png")
     """
+    check_lines(len(timelines))
     size, unit = _unit(max(max(line.totals) for line in timelines.values()))
-    figure = new_figure(5.8, 3.4)
+    figure = new_figure(7.2, 3.6)
     axes = figure.subplots()
-    for colour, (name, line) in zip(COLOURS, timelines.items(), strict=False):
+    for (colour, _), (name, line) in zip(LINES, timelines.items(), strict=False):
         heights = [total / size for total in line.totals]
         axes.plot(range(1, len(heights) + 1), heights, color=colour, linewidth=1.2, label=name)
         turn = line.forward_moments
@@ -42,7 +49,7 @@ def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path) -> Any:
     axes.set(xlabel="operations of one training step", ylabel=f"bytes alive ({unit})", xlim=(0, None), ylim=(0, None))
     tidy(axes)
     axes.legend(frameon=False)
-    return saved(figure, path)
+    return _written(figure, path)
 
 
 def draw_bars(reports: Mapping[str, MemoryReport], path: str | Path) -> Any:
@@ -50,7 +57,7 @@ def draw_bars(reports: Mapping[str, MemoryReport], path: str | Path) -> Any:
 
     Args:
         reports: of :func:`reversa.memory.estimate` or :func:`reversa.memory.measure`, by name.
-        path: the file to write, whose ending tells the format.
+        path: the file to write, whose ending tells the format; without an ending a PNG and an SVG are written.
 
     Returns:
         The figure, of matplotlib.
@@ -78,7 +85,7 @@ def draw_bars(reports: Mapping[str, MemoryReport], path: str | Path) -> Any:
     tidy(axes)
     axes.grid(visible=False, axis="y")
     figure.legend(frameon=False, ncols=4, loc="outside upper center", fontsize="small")
-    return saved(figure, path)
+    return _written(figure, path)
 
 
 def draw_peaks(
@@ -90,12 +97,13 @@ def draw_peaks(
         sizes: batches, image sides, numbers of blocks.
         peaks: of :func:`reversa.memory.sweep.sweep`: by name, one report for each size.
         against: what the sizes are, in words and with their unit: the horizontal axis says so.
-        path: the file to write, whose ending tells the format.
+        path: the file to write, whose ending tells the format; without an ending a PNG and an SVG are written.
 
     Returns:
         The figure, of matplotlib.
 
     Raises:
+        SettingError: more than six lines, which nobody can tell apart.
         OutputError: the file cannot be written.
         MissingExtra: matplotlib is not installed.
 
@@ -104,15 +112,73 @@ def draw_peaks(
     >>> reports = [estimate(torch.nn.Linear(8, 8), (batch, 8)) for batch in (4, 8)]
     >>> figure = draw_peaks((4, 8), {"linear": reports}, "images in the batch", Path(tempfile.mkdtemp()) / "peaks.png")
     """
+    check_lines(len(peaks))
     size, unit = _unit(max(report.peak_bytes for reports in peaks.values() for report in reports))
-    figure = new_figure(5.4, 3.4)
+    figure = new_figure(6.8, 3.8)
     axes = figure.subplots()
-    for colour, (name, reports) in zip(COLOURS, peaks.items(), strict=False):
-        axes.plot(sizes, [report.peak_bytes / size for report in reports], "o-", color=colour, markersize=4, label=name)
+    for number, ((colour, marker), (name, reports)) in enumerate(zip(LINES, peaks.items(), strict=False)):
+        heights = [report.peak_bytes / size for report in reports]
+        thinner = 1 - 0.12 * number  # where lines coincide, those below are seen around those above
+        axes.plot(sizes, heights, marker=marker, color=colour, markersize=9 * thinner, lw=3 * thinner, label=name)
     axes.set(xlabel=against, ylabel=f"peak of a training step ({unit})", xlim=(0, None), ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     tidy(axes)
-    axes.legend(frameon=False)
-    return saved(figure, path)
+    _label_ends(axes)
+    return _written(figure, path)
+
+
+def check_lines(count: int) -> None:
+    """Raise where a picture would have more lines than anybody can tell apart.
+
+    Raises:
+        SettingError: there are more than six.
+
+    >>> check_lines(6)
+    """
+    if count > len(LINES):
+        raise SettingError(
+            f"a picture shows at most {len(LINES)} lines, and these are {count}: compare fewer networks, or in fewer "
+            "ways"
+        )
+
+
+def picture_files(path: str | Path) -> list[Path]:
+    """The files that are written for a path: itself, or where it has no ending a PNG and an SVG.
+
+    >>> [str(file) for file in picture_files("peak.pdf") + picture_files("peak")]
+    ['peak.pdf', 'peak.png', 'peak.svg']
+    """
+    path = Path(path)
+    return [path] if path.suffix else [path.with_suffix(".png"), path.with_suffix(".svg")]
+
+
+def _written(figure: Any, path: str | Path) -> Any:
+    for file in picture_files(path):
+        saved(figure, file)
+    return figure
+
+
+def _label_ends(axes: Any) -> None:
+    """The lines' names beside their last points, in their colours."""
+    lines = sorted(axes.get_lines(), key=lambda line: line.get_ydata()[-1])
+    heights = apart([line.get_ydata()[-1] for line in lines], 0.065 * axes.get_ylim()[1])
+    for line, height in zip(lines, heights, strict=True):
+        beside = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": "small"}
+        axes.text(1.03, height, line.get_label(), color=line.get_color(), **beside)
+
+
+def apart(heights: Sequence[float], step: float) -> list[float]:
+    """Heights for labels, in ascending order: as near to those given as they can be, and a step apart.
+
+    >>> apart([1.0, 1.0, 8.0], step=2.0)
+    [0.0, 2.0, 8.0]
+    """
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and mean(groups[-1]) - mean(groups[-2]) < step * len(groups[-2] + groups[-1]) / 2:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [mean(group) + step * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))]
 
 
 def _unit(most: int) -> tuple[int, str]:

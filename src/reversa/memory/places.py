@@ -72,7 +72,7 @@ class Where:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.stages = stages
         self.ledger = ledger
-        self.stack: list[_Run | Place] = []
+        self.stack: list[Any] = []
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -88,35 +88,46 @@ class Where:
                     functions |= set(sequence.functions)
                     self._hook(hooks, sequence, _Run(number, set(sequence.functions)))
             for function in functions:
-                hooks.enter_context(function.register_forward_pre_hook(self._step, prepend=True))
+                hooks.enter_context(function.register_forward_pre_hook(self._step, prepend=True, with_kwargs=True))
+                hooks.enter_context(function.register_forward_hook(self._stepped))
             yield
         self.stack.clear()
         self._tell()
 
     def _hook(self, hooks: ExitStack, module: nn.Module, place: _Run | Place) -> None:
-        def enter(*_: Any) -> None:
+        def enter(_: nn.Module, *given: Any) -> None:
             if isinstance(place, _Run):
                 place.step = -1
             self.stack.append(place)
-            self._tell()
+            self._tell(given)
 
-        def leave(*_: Any) -> None:
+        def leave(_: nn.Module, args: Any, output: Any) -> None:
+            last = self.ledger.place if isinstance(place, _Run) else place
+            if last is not None:
+                self.ledger.left(last, output)
             if self.stack:
                 self.stack.pop()
             self._tell()
 
-        hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
+        hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         hooks.enter_context(module.register_forward_hook(leave))
 
-    def _step(self, function: nn.Module, _: Any) -> None:
-        run = self.stack[-1] if self.stack else None
-        if isinstance(run, _Run) and function in run.functions:
-            run.step += 1
-            self._tell()
+    def _step(self, function: nn.Module, *given: Any) -> None:
+        if self._runs(function):
+            self.stack[-1].step += 1
+            self._tell(given)
 
-    def _tell(self) -> None:
+    def _stepped(self, function: nn.Module, args: Any, output: Any) -> None:
+        if self._runs(function) and self.ledger.place is not None:
+            self.ledger.left(self.ledger.place, output)
+
+    def _runs(self, function: nn.Module) -> bool:
+        run = self.stack[-1] if self.stack else None
+        return isinstance(run, _Run) and function in run.functions
+
+    def _tell(self, given: Any = ()) -> None:
         place = self.stack[-1] if self.stack else None
         if isinstance(place, _Run):
             stage = self.stages[place.stage]
             place = place.stage, min(place.step // stage.per_block, len(stage.blocks) - 1)
-        self.ledger.place = place
+        self.ledger.move(place, given)
