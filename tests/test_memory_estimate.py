@@ -420,3 +420,23 @@ def test_one_function_at_several_places():
     (stage,) = estimate(seq, (BATCH, WIDTH)).stages
     assert stage.blocks == tuple(f"blocks.{i}" for i in range(5))
     assert stage.held_bytes == measure(seq, torch.randn(BATCH, WIDTH)).stages[0].held_bytes > 5 * UNIT
+
+
+def test_an_optimizer_that_has_made_steps():
+    """Its counters are numbers that it reads; an estimate has none."""
+    model = nn.Sequential(mlp(), mlp())
+    optimizer = torch.optim.AdamW(model.parameters())
+    fresh = estimate(model, (BATCH, WIDTH), optimizer=optimizer)
+    model(torch.randn(4, WIDTH)).sum().backward()
+    optimizer.step()
+    assert estimate(model, (BATCH, WIDTH), optimizer=optimizer).peak == fresh.peak
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_a_forward_that_holds_the_original_module_is_refused():
+    model = nn.Sequential(mlp(), mlp())
+    held = model[0].forward
+    model[0].forward = lambda x: held(x)
+    with pytest.raises(SettingError, match="uses the original's parameters"):
+        estimate(model, (BATCH, WIDTH))
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -17,6 +17,7 @@ VERBS = {
     "models": "list the networks by name, with their parameters",
     "check": "find out whether a converted model trains right",
     "memory": "what a training step costs in memory: estimated, measured, drawn",
+    "plan": "the fastest way to train within a memory budget, block by block",
 }
 
 FAILED, INTERRUPTED = 2, 130

@@ -1,4 +1,4 @@
-"""What ``reversa memory`` is about: a network, its inputs, its sizes."""
+"""What ``reversa memory`` and ``reversa plan`` are about: a network, its inputs, its sizes."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ class Job:
         return times(changed.get(against or "", self.shape))
 
 
-def sized(job: Job, against: str) -> tuple[str, Callable[[Way, int], tuple[Any, Any]]]:
+def sized(job: Job, against: str, flag: str = "--against") -> tuple[str, Callable[[Way, int], tuple[Any, Any]]]:
     """What the axis shows, and the function that makes model and inputs of a size."""
     batch, *rest = job.shape
     if against == "batch":
         return against, lambda way, value: job.made(way, (value, *rest))
     if against == "side":
         if len(rest) != 3:
-            raise SettingError(f"--against side needs images, BATCHxCHANNELSxHEIGHTxWIDTH, got {job.inputs()}")
+            raise SettingError(f"{flag} side needs images, BATCHxCHANNELSxHEIGHTxWIDTH, got {job.inputs()}")
         return against, lambda way, value: job.made(way, (batch, rest[0], value, value))
     if against == "length":
         if len(rest) != 2 and not (len(rest) == 1 and takes_ids(job.network.build())):
             raise SettingError(
-                "--against length needs sequences, BATCHxLENGTH of token ids or BATCHxLENGTHxWIDTH of embeddings, got "
+                f"{flag} length needs sequences, BATCHxLENGTH of token ids or BATCHxLENGTHxWIDTH of embeddings, got "
                 f"{job.inputs()}"
             )
         return against, lambda way, value: job.made(way, (batch, value, *rest[1:]))
@@ -142,7 +142,9 @@ def whole_numbers(text: str, separator: str, flag: str, example: str) -> list[in
 
 
 @contextmanager
-def explained(job: Job, measures: bool = False, against: str | None = None) -> Iterator[None]:
+def explained(
+    job: Job, measures: bool = False, against: str | None = None, choose: str | None = None
+) -> Iterator[None]:
     """The network's own errors as a message; where numbers decide, the flag that runs the step."""
     try:
         yield
@@ -157,7 +159,7 @@ def explained(job: Job, measures: bool = False, against: str | None = None) -> I
         first = str(error).strip().split("\n", 1)[0].rstrip(".!")
         raise SettingError(
             f"{job.network.spec} cannot make a training step with these inputs ({job.inputs(against)}): "
-            f"{type(error).__name__}: {first}. Choose {'other --values' if against else 'another --input'}."
+            f"{type(error).__name__}: {first}. Choose {choose or ('other --values' if against else 'another --input')}."
         ) from error
 
 

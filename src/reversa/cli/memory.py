@@ -7,12 +7,9 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
-
-from reversa.cli.job import AXES, Job, device_named, shape_of, sized, whole_numbers
-from reversa.cli.specs import network_named
+from reversa.cli.flags import SPEC, add_scheme_flags, add_step_flags, job_of
+from reversa.cli.job import AXES, Job, sized, whole_numbers
 from reversa.cli.tables import (
     Line,
     Result,
@@ -25,16 +22,11 @@ from reversa.cli.tables import (
     report_of,
     reports_against,
 )
-from reversa.cli.text import own_loss
-from reversa.cli.ways import Asked
 from reversa.errors import SettingError
 from reversa.memory.pictures import check_lines, draw_bars, draw_peaks, draw_timelines, picture_files
-from reversa.memory.settings import PRECISIONS
 from reversa.memory.timeline import timeline
-from reversa.schemes import SCHEMES
 from reversa.train.config import ENGINES
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "none": None}
 SIZES = "batch", "side", "length", "depth"
 
 
@@ -42,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     """Print, and draw, what a training step of networks costs in memory."""
     settings = _parser().parse_args(arguments)
     _check(settings)
-    jobs = [_job(spec, settings) for spec in dict.fromkeys(settings.specs)]
+    jobs = [job_of(spec, settings, settings.engine) for spec in dict.fromkeys(settings.specs)]
     lines = lines_of(jobs, settings.compare)
     if settings.out or settings.timeline:
         check_lines(len(lines))
@@ -68,13 +60,6 @@ def _check(settings: argparse.Namespace) -> None:
         raise SettingError("--against needs sizes, for instance --values 8,16,32")
     if settings.measure and (settings.compare or settings.against or len(settings.specs) > 1):
         raise SettingError("--measure runs one network in one way: give one SPEC, without --compare and --against")
-
-
-def _job(spec: str, settings: argparse.Namespace) -> Job:
-    network = replace(network_named(spec), device=device_named(settings.device))
-    asked = Asked(settings.scheme, settings.gamma, settings.h, settings.exact, settings.engine)
-    step = {"loss": own_loss, "optimizer": OPTIMIZERS[settings.optimizer], "precision": settings.precision}
-    return Job(network, asked, shape_of(settings.input, network), step)
 
 
 def _found(jobs: list[Job], lines: list[Line], settings: argparse.Namespace) -> tuple[Result, list[Line]]:
@@ -126,25 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         "downloads; with --measure, run. The scheme's flags make a network reversible first. Several networks: a row "
         "and a line each.",
     )
-    parser.add_argument(
-        "specs",
-        nargs="+",
-        metavar="SPEC",
-        help="a name of `reversa models` or of torchvision; torchvision:NAME, timm:NAME, hf:NAME, module:factory",
-    )
-    parser.add_argument(
-        "--input", metavar="8x3x224x224", help="shape of the inputs, 4x1024 for token ids (default: the network's own)"
-    )
-    parser.add_argument("--device", metavar="NAME", help="where the step is made: cuda, mps (default: the CPU)")
-    parser.add_argument("--precision", choices=PRECISIONS, help="of autocast (default: none)")
-    parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd (the default) is without momentum, so without state"
-    )
-    reversible = parser.add_argument_group("to make it reversible")
-    reversible.add_argument("--scheme", metavar="NAME", help=f"one of {', '.join(SCHEMES)} (default: momentum)")
-    reversible.add_argument("--gamma", type=float, help="weight of the old velocity (default: the scheme's own)")
-    reversible.add_argument("--h", type=float, help="the step size (default: the scheme's own)")
-    reversible.add_argument("--exact", action="store_true", help="exact arithmetic")
+    parser.add_argument("specs", nargs="+", metavar="SPEC", help=SPEC)
+    add_step_flags(parser)
+    reversible = add_scheme_flags(parser)
     reversible.add_argument("--engine", choices=ENGINES, help="where the backward pass gets the states")
     what = parser.add_argument_group("what to print")
     what.add_argument("--measure", action="store_true", help="run the step, and print the estimate beside it")

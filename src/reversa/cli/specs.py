@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +24,14 @@ from reversa.sequence import ReversibleSequence
 IMAGES = 8, 3, 224, 224
 
 
+class Source(NamedTuple):
+    """Python that makes a network: the module to import, the function, its arguments."""
+
+    module: str
+    function: str
+    arguments: str = ""
+
+
 @dataclass(frozen=True)
 class Network:
     """A network that has a name, and is not made yet.
@@ -31,6 +39,7 @@ class Network:
     Attributes:
         spec: what the user wrote.
         create: makes it, with fresh weights.
+        source: the same in Python.
         shape: of the inputs, where none is given; None where nothing tells it.
         settings: of a network of :mod:`reversa.models`, with their defaults.
         reversible: it consists of chains already, and has their engine as a setting.
@@ -39,6 +48,7 @@ class Network:
 
     spec: str
     create: Callable[..., nn.Module]
+    source: Source
     shape: tuple[int, ...] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     reversible: bool = False
@@ -105,7 +115,8 @@ def _own(name: str) -> Network:
     settings = models.settings_of(name)
     large = settings.get("large") or settings.get("patch") == 16 or settings.get("squeeze") == 2
     shape = IMAGES if large else (32, settings["channels"], 32, 32)
-    network = Network(name, lambda **given: models.create(name, **given), shape, settings)
+    source = Source("reversa", "reversa.models.create", f'"{name}"')
+    network = Network(name, lambda **given: models.create(name, **given), source, shape, settings)
     has_chains = any(isinstance(module, ReversibleSequence) for module in network.build().modules())
     return replace(network, reversible=has_chains and "engine" in settings)
 
@@ -115,23 +126,25 @@ def _torchvision(spec: str, name: str, others: Iterable[str] = ()) -> Network:
     known = torchvision.list_models(module=torchvision)
     if name not in known:
         raise SettingError(nearest(name, dict.fromkeys([*others, *known]), "model"))
-    return Network(spec, lambda: torchvision.get_model(name, weights=None), IMAGES)
+    source = Source("torchvision", "torchvision.models.get_model", f'"{name}"')
+    return Network(spec, lambda: torchvision.get_model(name, weights=None), source, IMAGES)
 
 
 def _timm(spec: str, name: str) -> Network:
     timm = import_extra("timm", "timm")
     if not timm.is_model(name):
         raise SettingError(_unknown(name, timm.list_models(), "timm", "timm.list_models()"))
-    return Network(spec, lambda: timm.create_model(name, pretrained=False), IMAGES)
+    source = Source("timm", "timm.create_model", f'"{name}"')
+    return Network(spec, lambda: timm.create_model(name, pretrained=False), source, IMAGES)
 
 
 def _hugging_face(spec: str, name: str) -> Network:
     transformers = import_extra("transformers", "hf")
     kinds = import_extra("transformers.models.auto.configuration_auto", "hf").CONFIG_MAPPING_NAMES
     if (Path(name) / "config.json").is_file():
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+        config, made = transformers.AutoConfig.from_pretrained(name, local_files_only=True), "from_pretrained"
     elif name in kinds:
-        config = transformers.AutoConfig.for_model(name)
+        config, made = transformers.AutoConfig.for_model(name), "for_model"
     else:
         raise SettingError(
             f"{_unknown(name, kinds, 'transformers', 'CONFIG_MAPPING_NAMES')} hf: takes a kind of model, such as "
@@ -139,7 +152,9 @@ def _hugging_face(spec: str, name: str) -> Network:
         )
     transformers.logging.set_verbosity_error()  # it would tell of losses and first weights that nobody asked for
     auto = _language_model(transformers, config)
-    network = Network(spec, lambda: auto.from_config(config))
+    function = f"transformers.{auto.__name__}.from_config"
+    source = Source("transformers", function, f"transformers.AutoConfig.{made}({name!r})")
+    network = Network(spec, lambda: auto.from_config(config), source)
     return replace(network, shape=default_shape(network.build()))
 
 
@@ -181,4 +196,4 @@ def _users(spec: str, module: str, name: str) -> Network:
         known = [key for key, value in vars(imported).items() if callable(value) and not key.startswith("_")]
         raise SettingError(nearest(name, known, f"function or class of {module}"))
     create: Any = factory
-    return Network(spec, create)
+    return Network(spec, create, Source(module, f"{module}.{name}"))

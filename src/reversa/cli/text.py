@@ -1,4 +1,4 @@
-"""Models of text as ``reversa memory`` calls them: token ids or embeddings in, and the model's own loss."""
+"""Models of text as the command line calls them: token ids or embeddings in, and the model's own loss."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def default_shape(model: nn.Module) -> tuple[int, ...] | None:
     """A model's own inputs: one sequence as long as it takes, 1024 tokens at most; or eight images."""
     name = _main_input(model)
     if name == IDS:
-        lengths = LONGEST, getattr(model.config, "max_position_embeddings", None), _room(model)
+        lengths = LONGEST, getattr(model.config, "max_position_embeddings", None), most_tokens(model)
         return 1, min(length for length in lengths if length)
     try:
         example = example_inputs(model)
@@ -94,14 +94,14 @@ def _tokens(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check_room(model: nn.Module, length: int, spec: str) -> None:
-    room = _room(model)
+    room = most_tokens(model)
     if room is not None and length > room:
         raise SettingError(
             f"{spec} has learned positions for {room} tokens, got a length of {length}: choose at most {room}"
         )
 
 
-def _room(model: nn.Module) -> int | None:
+def most_tokens(model: nn.Module) -> int | None:
     """The most tokens that there are learned positions for; None where positions are not learned."""
     tables = [
         module

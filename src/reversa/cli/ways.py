@@ -1,4 +1,4 @@
-"""The ways in which a network can be trained, which ``reversa memory`` compares: stored, checkpointed, reversible."""
+"""The ways in which a network can be trained: stored, checkpointed, reversible."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def way_asked(network: Network, asked: Asked) -> Way:
     return partial(_as_it_is, network) if asked == Asked() else _reversible(network, asked)
 
 
+def way_planned(network: Network, asked: Asked | None) -> Way:
+    """The network as it is; converted, or with settings of its own, where anything was asked for, be it no flag."""
+    return partial(_as_it_is, network) if asked is None else _reversible(network, asked)
+
+
 def name_asked(network: Network, asked: Asked) -> str:
     """What :func:`way_asked` makes of the network, in words."""
     if asked == Asked():
@@ -113,8 +118,8 @@ def _revnet(network: Network, asked: Asked) -> dict[str, Way]:
     if network.reversible:
         scheme = replace(only, scheme="revnet")
         return {scheme.scheme_name: _reversible(network, scheme)} if "scheme" in network.settings else {}
-    if "trunk" in network.settings:
-        return {"RevNet": partial(_with_settings, network, only, trunk="revnet")}
+    if _has_trunk(network):
+        return {"RevNet": _reversible(network, replace(only, scheme="revnet"))}
     if (name := REVNETS.get(network.spec)) is None:
         return {}
     other = replace(network_named(name), device=network.device)
@@ -129,9 +134,17 @@ def _of_pairs(network: Network, asked: Asked, shape: Shape, real: bool = False, 
 
 
 def _reversible(network: Network, asked: Asked) -> Way:
-    if network.reversible:
-        return partial(_with_settings, network, asked)
-    return partial(_on_trunk if "trunk" in network.settings else _converted, network, asked)
+    return partial(_converted if is_converted(network, asked) else _with_settings, network, asked)
+
+
+def is_converted(network: Network, asked: Asked | None) -> bool:
+    """Whether :func:`reversa.convert` makes it reversible, not a setting of its own."""
+    return asked is not None and not network.reversible and not _has_trunk(network)
+
+
+def _has_trunk(network: Network) -> bool:
+    """A Vision Transformer of Reversa's own, whose trunk is reversible by a setting."""
+    return not network.reversible and "trunk" in network.settings
 
 
 def _can_be_exact(network: Network, asked: Asked) -> bool:
@@ -150,7 +163,7 @@ def _as_it_is(network: Network, shape: Shape, real: bool = False, **settings: An
 
 def _checkpointed(network: Network, shape: Shape, real: bool = False, **settings: Any) -> nn.Module:
     model = network.build(real, **settings)
-    return checkpointed(model, _example(network, model, shape))
+    return checkpointed(model, example_of(network, model, shape))
 
 
 def _converted(network: Network, asked: Asked, shape: Shape, real: bool = False, **settings: Any) -> nn.Module:
@@ -161,12 +174,12 @@ def _converted(network: Network, asked: Asked, shape: Shape, real: bool = False,
         scheme=asked.make_scheme(),
         exact=asked.exact,
         engine=engine,
-        example=_example(network, model, shape),
+        example=example_of(network, model, shape),
     )
 
 
-def _example(network: Network, model: nn.Module, shape: Shape) -> Any:
-    """Other packages' models tell by themselves which inputs they take."""
+def example_of(network: Network, model: nn.Module, shape: Shape) -> Any:
+    """Inputs to find the blocks by; None for other packages' models, which tell by themselves what they take."""
     if network.spec.startswith(("timm:", "hf:")) or type(model).__module__.startswith("torchvision."):
         return None
     given = network.takes(model, shape)
@@ -178,16 +191,22 @@ def _example(network: Network, model: nn.Module, shape: Shape) -> Any:
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
-def _on_trunk(network: Network, asked: Asked, shape: Shape, real: bool = False, **settings: Any) -> nn.Module:
-    """A Vision Transformer of Reversa's own, whose trunk is reversible by a setting: it is not converted."""
-    trunk = asked.scheme or "momentum"
-    if trunk not in ("momentum", "revnet"):
-        raise SettingError(f"{network.spec} has a trunk for --scheme momentum and for revnet, got {trunk}")
-    return _with_settings(network, replace(asked, scheme=None), shape, real, trunk=trunk, **settings)
-
-
 def _with_settings(network: Network, asked: Asked, shape: Shape, real: bool = False, **settings: Any) -> nn.Module:
+    return network.build(real, **settings_asked(network, asked), **settings)
+
+
+def settings_asked(network: Network, asked: Asked) -> dict[str, Any]:
+    """The settings of a network of `reversa models` that the flags stand for.
+
+    Raises:
+        SettingError: it has no such setting.
+    """
     given: dict[str, Any] = {"engine": ENGINES[asked.engine or "invert"]()}
+    if _has_trunk(network):
+        given["trunk"] = trunk = asked.scheme or "momentum"
+        if trunk not in ("momentum", "revnet"):
+            raise SettingError(f"{network.spec} has a trunk for --scheme momentum and for revnet, got {trunk}")
+        asked = replace(asked, scheme=None)
     if "scheme" in network.settings:
         given["scheme"] = asked.make_scheme()
     elif asked.scheme is not None:
@@ -201,4 +220,4 @@ def _with_settings(network: Network, asked: Asked, shape: Shape, real: bool = Fa
     for name in given:
         if name not in network.settings:
             raise SettingError(f"{network.spec} has no setting {name}, got --{name}: leave it out")
-    return network.build(real, **given, **settings)
+    return given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -68,8 +69,9 @@ class Sample:
 
     def __init__(self, argument: Tensor, state: State, tolerance: float) -> None:
         self.tolerance = tolerance
-        self.elements = _some(argument)
-        self.scale = torch.stack([_norm(_some(stream)) for stream in state]).max()
+        self.places = _places(argument.shape)
+        self.elements = argument.detach()[self.places].clone()
+        self.scale = torch.stack([_norm(stream.detach()[self.places]) for stream in state]).max()
 
     def compare(self, argument: Tensor, where: object) -> None:
         """Judge what came back in its place.
@@ -93,20 +95,22 @@ class Sample:
     def _error(self, argument: Tensor) -> float:
         if isinstance(argument, FakeTensor) or argument.is_meta:
             return 0.0
-        error = _norm(_some(argument) - self.elements) / self.scale
-        return float(error) if self.scale else 0.0
+        scale = self.scale.item()
+        return _norm(argument.detach()[self.places] - self.elements).item() / scale if scale else 0.0
 
 
 def _norm(x: Tensor) -> Tensor:
     return cast(Any, torch.linalg).vector_norm(x)
 
 
-def _some(x: Tensor) -> Tensor:
-    """Some elements, as a copy: a slice, so that no layout has to be copied as a whole."""
-    steps = [1] * x.dim()
-    ratio = x.numel() / min(MOST, max(FEWEST, x.numel() // SHARE))
-    smallest_first = sorted(range(x.dim()), key=lambda dim: x.shape[dim])
+@lru_cache(maxsize=64)
+def _places(shape: torch.Size) -> tuple[slice, ...]:
+    """Where some elements are, spread over all dimensions: slices, so that no layout has to be copied as a whole."""
+    steps = [1] * len(shape)
+    numel = shape.numel()
+    ratio = numel / min(MOST, max(FEWEST, numel // SHARE))
+    smallest_first = sorted(range(len(shape)), key=shape.__getitem__)
     for done, dim in enumerate(smallest_first):
-        steps[dim] = max(1, min(x.shape[dim], math.ceil(ratio ** (1 / (x.dim() - done)))))
+        steps[dim] = max(1, min(shape[dim], math.ceil(ratio ** (1 / (len(shape) - done)))))
         ratio /= steps[dim]
-    return x.detach()[tuple(slice(None, None, step) for step in steps)].clone()
+    return tuple(slice(None, None, step) for step in steps)

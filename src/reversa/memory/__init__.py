@@ -3,7 +3,7 @@
 from reversa.memory.estimate import estimate
 from reversa.memory.live import LiveBytes
 from reversa.memory.measure import measure
-from reversa.memory.plan import plan
+from reversa.memory.plan import curve, largest_size, plan
 from reversa.memory.planned import Plan, Way
 from reversa.memory.report import Flops, MemoryReport, Moment, StageMemory
 from reversa.memory.speed import Speed
@@ -17,7 +17,9 @@ __all__ = [
     "Speed",
     "StageMemory",
     "Way",
+    "curve",
     "estimate",
+    "largest_size",
     "measure",
     "plan",
 ]

@@ -19,6 +19,8 @@ from reversa.memory.step import Step
 from reversa.memory.units import Unit, holders_of, put_engines, units_of
 
 STORE, RECOMPUTE = "store", "recompute"
+SCALARS = 256
+"""Bytes of single numbers that may live an operation longer where nobody looks at the blocks."""
 POLICIES: dict[str, Engine] = {STORE: Store(), RECOMPUTE: Recompute(), INVERT: Invert(), OFFLOAD: Offload()}
 
 
@@ -50,6 +52,7 @@ class Costs:
         self.kept = self._kept()
         self.blocks = [self._block(u, allow) for u in range(len(self.places))]
         self.rest = {a: Choice("", 0, found.needed[-1], found.seconds[-1]) for a, found in self.profiles.items()}
+        self.rest[""] = self.rest[STORE]  # of a model without blocks
         self.update = self.profiles[STORE].update
 
     def engines(self, actions: Sequence[str]) -> list[list[Engine]]:
@@ -70,7 +73,7 @@ class Costs:
     def trial(self, actions: Sequence[str]) -> Solution:
         """What these choices come to, in a step that is made with them."""
         found = self.tried(self.engines(actions))
-        return Solution(tuple(actions), found.peak, found.total)
+        return Solution(tuple(actions), found.peak + SCALARS, found.total)
 
     def _uniform(self, action: str) -> Profile:
         """Every block under one policy."""
@@ -85,11 +88,9 @@ class Costs:
     def _block(self, u: int, allow: Sequence[str]) -> Block:
         number, _ = self.places[u]
         chain = self.units[number].chain
-        choices = tuple(
-            Choice(action, found.held[u], found.needed[u], found.seconds[u])
-            for action, found in self.profiles.items()
-            if action in allow and (action != INVERT or chain is not None)
-        )
+        can = [a for a in self.profiles if a in allow and (a != INVERT or chain is not None)] or [STORE]
+        found = self.profiles
+        choices = tuple(Choice(a, found[a].held[u], found[a].needed[u], found[a].seconds[u]) for a in can)
         closing, anchor = self.kept.get(number, (0, 0))
         last = u + 1 == len(self.places) or self.places[u + 1][0] != number
         return Block(choices, closing, anchor, self.every.get(chain or ""), last)

@@ -59,7 +59,7 @@ def fake_inputs(mode: FakeTensorMode, settings: Settings) -> Arguments:
     """The same arguments in fake tensors; shapes become floating tensors of the model's type."""
 
     def made(tensor: Tensor) -> Tensor:
-        fake = torch.empty_like(tensor, device="cpu") if tensor.is_meta else mode.from_tensor(tensor.detach())
+        fake = torch.empty_like(tensor, device=settings.device) if tensor.is_meta else mode.from_tensor(tensor.detach())
         return fake.detach().requires_grad_(tensor.requires_grad)
 
     def shaped(*shape: int) -> Tensor:

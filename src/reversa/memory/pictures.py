@@ -9,6 +9,7 @@ from typing import Any
 
 from reversa.drawing import COLOURS, new_figure, saved, tidy
 from reversa.errors import SettingError
+from reversa.memory.planned import Plan
 from reversa.memory.report import MemoryReport
 from reversa.memory.timeline import Timeline
 
@@ -125,6 +126,57 @@ def draw_peaks(
     tidy(axes)
     _label_ends(axes)
     return _written(figure, path)
+
+
+def draw_curve(plans: Sequence[Plan], path: str | Path) -> Any:
+    """Draw the predicted time of a training step against the memory budget: of plans, and of the ways beside them.
+
+    Args:
+        plans: of :func:`reversa.memory.curve`, of one model.
+        path: the file to write, whose ending tells the format; without an ending a PNG and an SVG are written.
+
+    Returns:
+        The figure, of matplotlib.
+
+    Raises:
+        SettingError: no plan.
+        OutputError: the file cannot be written.
+        MissingExtra: matplotlib is not installed.
+
+    >>> import tempfile, torch
+    >>> from reversa.memory import curve
+    >>> found = curve(torch.nn.Linear(64, 64), (512, 64), ["1 MiB", "2 MiB"])
+    >>> figure = draw_curve(found, Path(tempfile.mkdtemp()) / "curve.png")
+    """
+    figure = new_figure(7.2, 3.8)
+    plot_curve(figure.subplots(), plans)
+    figure.legend(frameon=False, ncols=3, loc="outside upper center", fontsize="small")
+    return _written(figure, path)
+
+
+def plot_curve(axes: Any, plans: Sequence[Plan]) -> None:
+    """What :func:`draw_curve` shows, on axes of matplotlib: a way can be gone from its peak upwards.
+
+    Raises:
+        SettingError: no plan.
+    """
+    if not plans:
+        raise SettingError("a curve needs a plan: none of the budgets is as large as the least that a step takes")
+    plans = sorted(plans, key=lambda plan: plan.budget)
+    least, ways = plans[0].least_bytes, plans[0].ways
+    size, unit = _unit(most := max(plans[-1].budget, *(way.peak_bytes for way in ways)))
+    end = (most + 0.05 * (most - least)) / size
+    for (colour, marker), way in zip(LINES[1:], ways, strict=False):
+        begin = way.peak_bytes / size
+        axes.plot([begin, end], [way.seconds] * 2, color=colour, lw=1, ls=":")
+        axes.plot(begin, way.seconds, marker, color=colour, markersize=8, label=way.name)
+    budgets, seconds = [plan.budget / size for plan in plans], [plan.seconds for plan in plans]
+    colour, marker = LINES[0]
+    axes.plot(budgets, seconds, marker=marker, color=colour, markersize=4, lw=1.8, label="plan")
+    left = least / size - 0.12 * (end - least / size)
+    axes.axvspan(left, least / size, color="0.88", lw=0, label="no plan fits")
+    axes.set(xlabel=f"memory budget ({unit})", ylabel="predicted time of a step (s)", xlim=(left, end))
+    tidy(axes)
 
 
 def check_lines(count: int) -> None:

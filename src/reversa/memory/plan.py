@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
-from math import isqrt
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,20 +13,19 @@ from torch import nn
 from reversa.convert.record import quietly
 from reversa.errors import BudgetError, SettingError, nearest
 from reversa.memory.budget import bytes_of
-from reversa.memory.costs import POLICIES, RECOMPUTE, STORE, Costs
+from reversa.memory.costs import POLICIES, Costs
 from reversa.memory.fake import explained
+from reversa.memory.largest import batch_of, largest, with_batch
 from reversa.memory.notes import eagerly, notes_on
 from reversa.memory.planned import Plan, Way
 from reversa.memory.report import in_bytes
+from reversa.memory.search import Trials, best, ways_of
 from reversa.memory.settings import Loss, OptimizerLike, Settings, in_words
-from reversa.memory.solve import INVERT, OFFLOAD, Block, Solution, fastest, leanest
+from reversa.memory.solve import INVERT, OFFLOAD
 from reversa.memory.speed import Speed
 
-TRIES = 5
-"""Steps that are made to find a plan that fits as closely as it was predicted to."""
-
-FEW, MORE = 12, (1.16, 1.12, 1.08, 1.05, 1.03, 1.01, 0.99, 0.96)
-"""So few blocks are planned with more trials, of what the solver finds for so much of the budget."""
+ANY_SPEED = Speed(1e13, 1e14, 1e12, 1e10)
+"""Where only bytes are asked for."""
 
 
 def plan(
@@ -35,6 +33,7 @@ def plan(
     inputs: Any,
     budget: str | float,
     allow: Sequence[str] | None = None,
+    batch: int | Literal["max"] | None = None,
     loss: Loss | None = None,
     optimizer: OptimizerLike = None,
     precision: str | None = None,
@@ -59,6 +58,7 @@ def plan(
         inputs: as in :func:`reversa.memory.estimate`.
         budget: bytes, or a number with a unit such as ``"16 GiB"``.
         allow: the policies to choose from. If not given: all of them, ``"offload"`` on an accelerator only.
+        batch: plan for this batch instead of the one of the inputs; ``"max"`` finds the largest that fits.
         loss: as in :func:`reversa.memory.estimate`.
         optimizer: as in :func:`reversa.memory.estimate`.
         precision: as in :func:`reversa.memory.estimate`.
@@ -76,40 +76,131 @@ def plan(
     >>> blocks = [nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64)) for _ in range(12)]
     >>> model = reversa.ReversibleSequence(blocks, scheme=reversa.Momentum(0.99))
     >>> speed = Speed(flops=20e12, flops_16=300e12, bandwidth=2e12, host=25e9)
-    >>> found = plan(model, (4096, 64), budget="30 MiB", optimizer=torch.optim.SGD, speed=speed)
-    >>> found.peak_bytes <= 30 * 2**20
+    >>> found = plan(model, (4096, 64), "24 MiB", allow=["store", "invert"], speed=speed)
+    >>> found.peak_bytes <= 24 * 2**20
     True
     >>> model = found.apply(model)
     >>> model.engine
-    Mixed(4 x Invert(), 8 x Store())
+    Mixed(10 x Invert(), 2 x Store())
+    """
+    most = bytes_of(budget)
+    step: Any = {"loss": loss, "optimizer": optimizer, "precision": precision}
+    if batch == "max":
+        batch = largest_size(model, partial(with_batch, inputs), most, batch_of(inputs), allow, **step)
+    inputs = inputs if batch is None else with_batch(inputs, _checked(batch))
+    (found,) = curve(model, inputs, [most], allow, speed=speed, **step)
+    if isinstance(found, BudgetError):
+        raise found
+    return found
+
+
+def curve(
+    model: nn.Module,
+    inputs: Any,
+    budgets: Iterable[str | float],
+    allow: Sequence[str] | None = None,
+    loss: Loss | None = None,
+    optimizer: OptimizerLike = None,
+    precision: str | None = None,
+    speed: Speed | None = None,
+) -> list[Plan | BudgetError]:
+    """Plans for several budgets, in the time of hardly more than one.
+
+    Args:
+        model: as in :func:`plan`.
+        inputs: as in :func:`plan`.
+        budgets: each as in :func:`plan`.
+        allow: as in :func:`plan`.
+        loss: as in :func:`reversa.memory.estimate`.
+        optimizer: as in :func:`reversa.memory.estimate`.
+        precision: as in :func:`reversa.memory.estimate`.
+        speed: as in :func:`plan`.
+
+    Returns:
+        For each budget the plan, or the error that :func:`plan` raises where none fits.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    >>> found, error = curve(model, (512, 64), ["1 MiB", "1 KiB"])
+    >>> found.peak_bytes == found.least_bytes == error.least_bytes
+    True
     """
     settings = Settings(model, inputs, loss, optimizer, precision)
-    most = bytes_of(budget)
-    allowed = _allowed(allow, settings.device)
-    speed = speed or Speed.measured(settings.device)
+    allowed, asked = _allowed(allow, settings.device), [bytes_of(budget) for budget in budgets]
     with _prepared(settings):
-        costs = Costs(settings, allowed, speed)
-        found, least = _best(costs, most)
-        ways = _ways(costs)
+        costs = Costs(settings, allowed, speed or Speed.measured(settings.device))
+        trials = Trials(costs)
+        trials.least()
+        ways = ways_of(costs)
+        return [_plan(costs, trials, budget, ways) for budget in asked]
+
+
+def _plan(costs: Costs, trials: Trials, budget: int, ways: tuple[Way, ...]) -> Plan | BudgetError:
+    model, shapes = costs.settings.model, in_words(costs.settings.given)
+    found, least = best(costs, trials, budget), trials.least()
     if found is None:
-        raise BudgetError(
-            f"no plan for {type(model).__name__} (inputs {in_words(settings.given)}) takes less than "
-            f"{in_bytes(least)}; the budget is {in_bytes(most)}. {_remedy(costs, allowed)}",
+        return BudgetError(
+            f"no plan for {type(model).__name__} (inputs {shapes}) takes less than {in_bytes(least)}; the budget is "
+            f"{in_bytes(budget)}. {_remedy(costs)}",
             least,
         )
     return Plan(
-        type(model).__name__,
-        in_words(settings.given),
-        most,
-        found.peak,
-        found.seconds,
-        least,
-        tuple(costs.units),
-        tuple(map(tuple, costs.engines(found.actions))),
-        ways,
-        speed,
-        notes_on(model, settings.device, measured=False),
+        model=type(model).__name__,
+        inputs=shapes,
+        budget=budget,
+        peak_bytes=found.peak,
+        seconds=found.seconds,
+        least_bytes=least,
+        units=tuple(costs.units),
+        engines=tuple(map(tuple, costs.engines(found.actions))),
+        ways=ways,
+        speed=costs.speed,
+        notes=notes_on(model, costs.settings.device, measured=False),
     )
+
+
+def largest_size(
+    model: nn.Module,
+    inputs_at: Callable[[int], Any],
+    budget: str | float,
+    start: int = 1,
+    allow: Sequence[str] | None = None,
+    loss: Loss | None = None,
+    optimizer: OptimizerLike = None,
+    precision: str | None = None,
+) -> int:
+    """The largest batch, image side or sequence length that fits into a budget with the plan of least memory.
+
+    Args:
+        model: as in :func:`plan`.
+        inputs_at: the inputs of a size, as :func:`reversa.memory.estimate` takes them.
+        budget: as in :func:`plan`.
+        start: the first size to look at; the nearer it is, the sooner the answer comes.
+        allow: as in :func:`plan`.
+        loss: as in :func:`reversa.memory.estimate`.
+        optimizer: as in :func:`reversa.memory.estimate`.
+        precision: as in :func:`reversa.memory.estimate`.
+
+    Raises:
+        BudgetError: size 1 does not fit.
+        SettingError: as in :func:`plan`.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    >>> largest_size(model, lambda batch: (batch, 64), "1 MiB", start=64)
+    566
+    """
+
+    def least(size: int) -> int:
+        settings = Settings(model, inputs_at(size), loss, optimizer, precision)
+        with _prepared(settings):
+            return Trials(Costs(settings, _allowed(allow, settings.device), ANY_SPEED)).least()
+
+    return largest(least, bytes_of(budget), start)
+
+
+def _checked(batch: object) -> int:
+    if isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1:
+        return batch
+    raise SettingError(f"batch must be a whole number above 0, 'max' or None, got {batch!r}")
 
 
 def _allowed(allow: Sequence[str] | None, device: torch.device) -> tuple[str, ...]:
@@ -133,95 +224,8 @@ def _prepared(settings: Settings) -> Iterator[None]:
         yield
 
 
-def _best(costs: Costs, budget: int) -> tuple[Solution | None, int]:
-    """The fastest choice that fits, confirmed, and the least that any takes.
-
-    The sums over blocks are right to a few states, where policies meet. So the solver is asked for a little more or
-    less than the budget: by what the last trial showed it to be off; and where blocks are so few that a state matters,
-    by several amounts.
-    """
-    trials = _Trials(costs)
-    least = trials.least()
-    best, target = trials.within(budget), float(budget)
-    targets = [budget * more for more in MORE] if len(costs.blocks) <= FEW else []
-    for _ in range(TRIES + len(targets)):
-        found = fastest(costs.blocks, costs.rest, target)
-        if found is None or found.actions in trials.made:
-            if not targets:
-                break
-            target = targets.pop()
-            continue
-        trial = trials.make(found.actions)
-        target = budget - (trial.peak - found.peak)
-        best = trials.within(budget)
-    return best, least
-
-
-class _Trials:
-    """Choices that were tried."""
-
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
-        self.made: dict[tuple[str, ...], Solution] = {}
-
-    def make(self, actions: Sequence[str]) -> Solution:
-        """A step with these choices."""
-        actions = tuple(actions)
-        if actions not in self.made:
-            self.made[actions] = self.costs.trial(actions)
-        return self.made[actions]
-
-    def least(self) -> int:
-        """The least peak of those that promise the least."""
-        self.make(leanest(self.costs.blocks, self.costs.rest).actions)
-        for others in (STORE, RECOMPUTE):
-            if all(_has(block, others) for block in self.costs.blocks):
-                self.make([INVERT if _has(block, INVERT) else others for block in self.costs.blocks])
-        return min(trial.peak for trial in self.made.values())
-
-    def within(self, budget: int) -> Solution | None:
-        """The fastest that fits."""
-        fitting = (trial for trial in self.made.values() if trial.peak <= budget)
-        return min(fitting, key=lambda trial: trial.seconds, default=None)
-
-
-def _has(block: Block, action: str) -> bool:
-    return any(choice.action == action for choice in block.choices)
-
-
-def _ways(costs: Costs) -> tuple[Way, ...]:
-    """The usual ways to train the same model."""
-    stored, recomputed = costs.profiles[STORE], costs.profiles[RECOMPUTE]
-    ways = [
-        Way("all stored", stored.peak, stored.total),
-        Way("checkpoint each block", recomputed.peak, recomputed.total),
-        Way("checkpoint every sqrt(n) blocks", _in_segments(costs), recomputed.total),
-    ]
-    if costs.holders:
-        can = (costs.units[unit].chain is not None for unit, _ in costs.places)
-        inverted = costs.trial([INVERT if chain else STORE for chain in can])
-        ways.append(Way("all inverted", inverted.peak, inverted.seconds))
-    return tuple(ways)
-
-
-def _in_segments(costs: Costs) -> int:
-    """The peak where the inputs of segments of sqrt(n) blocks are stored, and segments are recomputed as a whole."""
-    stored, recomputed = costs.profiles[STORE], costs.profiles[RECOMPUTE]
-    held = peak = 0
-    for number, places in groupby(range(len(costs.places)), key=lambda u: costs.places[u][0]):
-        blocks = list(places)
-        size = max(1, isqrt(costs.units[number].length))
-        for first in range(0, len(blocks), size):
-            inside = 0
-            for u in blocks[first : first + size]:
-                peak = max(peak, held + inside + stored.needed[u])
-                inside += stored.held[u]
-            held += recomputed.held[blocks[first]]
-    return max(peak, held + costs.rest[RECOMPUTE].needed, costs.update)
-
-
-def _remedy(costs: Costs, allowed: Sequence[str]) -> str:
+def _remedy(costs: Costs) -> str:
+    less = "smaller inputs, an optimizer with less state, or precision='bf16'."
     if not costs.holders:
-        return "Convert the model first (reversa.convert), take smaller inputs, or precision='bf16'."
-    more = "" if INVERT in allowed else "Allow 'invert', take"
-    return f"{more or 'Take'} smaller inputs, an optimizer with less state, or precision='bf16'."
+        return f"Convert the model first (reversa.convert), or take {less}"
+    return f"Take {less}" if INVERT in costs.profiles else f"Allow 'invert', or take {less}"

@@ -92,7 +92,7 @@ class _Profiler(Ledger):
             given=tuple(self.given),
             seconds=tuple(window.seconds for window in windows),
             update=self._window(_UPDATE).peak,
-            peak=max(window.peak for window in self.windows.values()),
+            peak=self._peak,
             total=sum(window.seconds for window in self.windows.values()),
         )
 

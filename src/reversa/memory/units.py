@@ -70,7 +70,7 @@ def put_engines(model: nn.Module, units: Iterable[Unit], engines: Iterable[list[
 def joined(engines: list[Engine], per_block: int = 1) -> Engine:
     """One engine for a chain whose blocks have these.
 
-    >>> from reversa import Invert
+    >>> from reversa import Invert, Store
     >>> joined([Invert(), Invert(), Store()])
     Mixed(2 x Invert(), 1 x Store())
     """

@@ -40,7 +40,7 @@ class Coupling(Scheme):
 
     def forward(self, state: State, value: Tensor, step: int) -> State:
         moved = self._moved(step)
-        new = added(state[moved], value, self.weights[moved])
+        new = _added(state[moved], value, self.weights[moved])
         return (new, state[1]) if moved == 0 else (state[0], new)
 
     def uncover(self, state: State, step: int) -> tuple[Tensor, State]:
@@ -49,8 +49,15 @@ class Coupling(Scheme):
 
     def inverse(self, argument: Tensor, rest: State, value: Tensor, step: int) -> State:
         moved = self._moved(step)
-        old = added(rest[0], value, -self.weights[moved])
+        old = _added(rest[0], value, -self.weights[moved])
         return (old, argument) if moved == 0 else (argument, old)
+
+
+def _added(stream: Tensor, value: Tensor, weight: float) -> Tensor:
+    """``stream + weight * value``; for the weights 1 and -1 without asking further, which tiny steps feel."""
+    if weight == 1:
+        return stream + value
+    return stream - value if weight == -1 else added(stream, value, weight)
 
 
 @dataclass(frozen=True)

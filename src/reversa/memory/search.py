@@ -1,0 +1,102 @@
+"""From what a solver promises to what a step of fake tensors confirms; and the usual ways to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from math import isqrt
+
+from reversa.memory.costs import RECOMPUTE, SCALARS, STORE, Costs
+from reversa.memory.planned import Way
+from reversa.memory.solve import INVERT, Block, Solution, fastest, leanest
+
+TRIES = 5
+"""Steps that are made to find a plan that fits as closely as it was predicted to."""
+
+FEW, MORE = 12, (1.5, 1.4, 1.3, 1.25, 1.2, 1.16, 1.12, 1.08, 1.05, 1.03, 1.01, 0.99, 0.96)
+"""So few blocks are planned with more trials, of what the solver finds for so much of the budget."""
+
+
+def best(costs: Costs, trials: Trials, budget: int) -> Solution | None:
+    """The fastest choice that fits, confirmed.
+
+    The sums over blocks are right to a few states, where policies meet. So the solver is asked for a little more or
+    less than the budget: by what the last trial showed it to be off; and where blocks are so few that a state matters,
+    by several amounts.
+    """
+    target = float(budget)
+    targets = [budget * more for more in MORE] if len(costs.blocks) <= FEW else []
+    tried: set[tuple[str, ...]] = set()
+    for _ in range(TRIES + len(targets)):
+        found = fastest(costs.blocks, costs.rest, target)
+        if found is not None and found.actions not in tried:
+            tried.add(found.actions)
+            target = budget - (trials.make(found.actions).peak - found.peak)
+        elif targets:
+            target = targets.pop()
+        else:
+            break
+    return trials.within(budget)
+
+
+class Trials:
+    """Choices that were tried."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self.made: dict[tuple[str, ...], Solution] = {}
+
+    def make(self, actions: Sequence[str]) -> Solution:
+        """A step with these choices."""
+        actions = tuple(actions)
+        if actions not in self.made:
+            self.made[actions] = self.costs.trial(actions)
+        return self.made[actions]
+
+    def least(self) -> int:
+        """The least peak of those that promise the least."""
+        self.make(leanest(self.costs.blocks, self.costs.rest).actions)
+        for others in (STORE, RECOMPUTE):
+            if all(_has(block, others) for block in self.costs.blocks):
+                self.make([INVERT if _has(block, INVERT) else others for block in self.costs.blocks])
+        return min(trial.peak for trial in self.made.values())
+
+    def within(self, budget: int) -> Solution | None:
+        """The fastest that fits."""
+        fitting = (trial for trial in self.made.values() if trial.peak <= budget)
+        return min(fitting, key=lambda trial: trial.seconds, default=None)
+
+
+def _has(block: Block, action: str) -> bool:
+    return any(choice.action == action for choice in block.choices)
+
+
+def ways_of(costs: Costs) -> tuple[Way, ...]:
+    """The usual ways to train the same model."""
+    stored, recomputed = costs.profiles[STORE], costs.profiles[RECOMPUTE]
+    ways = [
+        Way("all stored", stored.peak + SCALARS, stored.total),
+        Way("checkpoint each block", recomputed.peak + SCALARS, recomputed.total),
+        Way("checkpoint every sqrt(n) blocks", _in_segments(costs) + SCALARS, recomputed.total),
+    ]
+    if costs.holders:
+        can = (costs.units[unit].chain is not None for unit, _ in costs.places)
+        inverted = costs.trial([INVERT if chain else STORE for chain in can])
+        ways.append(Way("all inverted", inverted.peak, inverted.seconds))
+    return tuple(ways)
+
+
+def _in_segments(costs: Costs) -> int:
+    """The peak where the inputs of segments of sqrt(n) blocks are stored, and segments are recomputed as a whole."""
+    stored, recomputed = costs.profiles[STORE], costs.profiles[RECOMPUTE]
+    held = peak = 0
+    for number, places in groupby(range(len(costs.places)), key=lambda u: costs.places[u][0]):
+        blocks = list(places)
+        size = max(1, isqrt(costs.units[number].length))
+        for first in range(0, len(blocks), size):
+            inside = 0
+            for u in blocks[first : first + size]:
+                peak = max(peak, held + inside + stored.needed[u])
+                inside += stored.held[u]
+            held += recomputed.held[blocks[first]]
+    return max(peak, held + costs.rest[RECOMPUTE].needed, costs.update)
