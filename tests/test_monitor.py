@@ -373,7 +373,8 @@ def test_a_copy_that_calls_the_original_does_not_leave_fake_gradients():
 
     alone, watched = Bound(), Bound()
     fit(alone)
-    fit(watched, LetsGo(), MemoryMonitor(every=4))
+    with pytest.warns(UserWarning, match="uses the original's parameters"):
+        fit(watched, LetsGo(), MemoryMonitor(every=4))
     assert all(p.grad is None for p in watched.parameters())
     assert all(map(torch.equal, alone.parameters(), watched.parameters()))
 

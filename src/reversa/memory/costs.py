@@ -51,7 +51,9 @@ class Costs:
         self.places = self.profiles[STORE].places
         self.kept = self._kept()
         self.blocks = [self._block(u, allow) for u in range(len(self.places))]
-        self.rest = {a: Choice("", 0, found.needed[-1], found.seconds[-1]) for a, found in self.profiles.items()}
+        self.rest = {
+            a: Choice("", 0, found.needed[-1], found.seconds[-1], found.forth[-1]) for a, found in self.profiles.items()
+        }
         self.rest[""] = self.rest[STORE]  # of a model without blocks
         self.update = self.profiles[STORE].update
 
@@ -90,7 +92,9 @@ class Costs:
         chain = self.units[number].chain
         can = [a for a in self.profiles if a in allow and (a != INVERT or chain is not None)] or [STORE]
         found = self.profiles
-        choices = tuple(Choice(a, found[a].held[u], found[a].needed[u], found[a].seconds[u]) for a in can)
+        choices = tuple(
+            Choice(a, found[a].held[u], found[a].needed[u], found[a].seconds[u], found[a].forth[u]) for a in can
+        )
         closing, anchor = self.kept.get(number, (0, 0))
         last = u + 1 == len(self.places) or self.places[u + 1][0] != number
         return Block(choices, closing, anchor, self.every.get(chain or ""), last)

@@ -48,6 +48,8 @@ def fake_copies(mode: FakeTensorMode, settings: Settings) -> tuple[nn.Module, Op
             "tensors with a graph."
         ) from error
     twin.zero_grad(set_to_none=True)
+    if optimizer is not None:
+        optimizer.state.clear()  # it makes a new one in its next step; the old one's counters are numbers that it reads
     for _, holder, _ in chains(twin):
         if isinstance(holder.scheme, IResNet):
             holder.scheme = _TwoIterations(**vars(holder.scheme))
@@ -99,8 +101,10 @@ def explained(model: nn.Module, inputs: str) -> Iterator[None]:
     Raises:
         SettingError: a number in a tensor decides what the model computes.
     """
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         yield
+        _refuse_closures(model, gradients)
     except NEEDS_NUMBERS as error:
         raise SettingError(
             f"{type(model).__name__} needs the numbers in its tensors, and an estimate has none "
@@ -109,6 +113,19 @@ def explained(model: nn.Module, inputs: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"reversa.memory.estimate ran {type(model).__name__} on inputs of shape {inputs}")
         raise
+
+
+def _refuse_closures(model: nn.Module, gradients: list[tuple[nn.Parameter, Tensor | None]]) -> None:
+    """Raise where the copy has used the original's parameters, and take what it left there away again."""
+    changed = [(parameter, grad) for parameter, grad in gradients if parameter.grad is not grad]
+    for parameter, grad in changed:
+        parameter.grad = grad
+    if changed:
+        raise SettingError(
+            f"an estimate works on a copy of the model, and this copy of {type(model).__name__} uses the original's "
+            "parameters: a forward was replaced by a function that holds the module it was made for. Estimate the "
+            "model before that."
+        )
 
 
 def _first_line(error: Exception) -> str:

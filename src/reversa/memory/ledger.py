@@ -82,8 +82,11 @@ class Ledger(LiveBytes):
         """What follows is made in that place, which was given those arguments."""
         self.place = place
 
+    def returned(self, place: Place, output: Any) -> None:
+        """A function of that place has returned this."""
+
     def left(self, place: Place, output: Any) -> None:
-        """That place has returned this."""
+        """That place is done, with this."""
 
     def was_there(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Count tensors as if they had been alive from the beginning on."""

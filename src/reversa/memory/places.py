@@ -119,7 +119,7 @@ class Where:
 
     def _stepped(self, function: nn.Module, args: Any, output: Any) -> None:
         if self._runs(function) and self.ledger.place is not None:
-            self.ledger.left(self.ledger.place, output)
+            self.ledger.returned(self.ledger.place, output)
 
     def _runs(self, function: nn.Module) -> bool:
         run = self.stack[-1] if self.stack else None

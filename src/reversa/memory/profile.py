@@ -38,8 +38,9 @@ class Profile:
     Attributes:
         places: the blocks in the order of the forward pass: number of the unit, and of the block within it.
         held: for each of them, bytes that it holds between its forward and its backward pass.
-        needed: for each of them, and for what comes after the last, the most bytes alive while it is at work, without
+        forth: for each of them, and for what comes after the last, the most bytes alive in its forward pass, without
             those that the units before it hold.
+        needed: the same of its backward pass.
         given: for each of them, bytes of the tensor that it goes on with.
         seconds: for each of them, and for what comes after the last.
         update: the most bytes alive in the optimizer's step.
@@ -49,6 +50,7 @@ class Profile:
 
     places: tuple[Place, ...]
     held: tuple[int, ...]
+    forth: tuple[int, ...]
     needed: tuple[int, ...]
     given: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -77,21 +79,23 @@ class _Profiler(Ledger):
         self.speed = speed
         self.numbers: dict[Place, int] = {}
         self.given: list[int] = []
-        self.windows: dict[int, Window] = {}
+        self.windows: dict[tuple[int, bool], Window] = {}
         self.window = self._window(0)
 
     def profile(self, held: dict[Place | None, int]) -> Profile:
         """The result, from what was held between the two passes."""
         of_unit = [held.get(place, 0) for place in self.numbers]
         count = len(of_unit)
-        windows = [self.windows.get(u, Window()) for u in range(count + 1)]
+        forth, back = ([self._window(u, way) for u in range(count + 1)] for way in (False, True))
+        before = [sum(of_unit[:u]) for u in range(count + 1)]
         return Profile(
             places=tuple(self.numbers),
             held=tuple(of_unit),
-            needed=tuple(window.peak - sum(of_unit[:u]) for u, window in enumerate(windows)),
+            forth=tuple(window.peak - others for window, others in zip(forth, before, strict=True)),
+            needed=tuple(window.peak - others for window, others in zip(back, before, strict=True)),
             given=tuple(self.given),
-            seconds=tuple(window.seconds for window in windows),
-            update=self._window(_UPDATE).peak,
+            seconds=tuple(a.seconds + b.seconds for a, b in zip(forth, back, strict=True)),
+            update=self._window(_UPDATE, True).peak,
             peak=self._peak,
             total=sum(window.seconds for window in self.windows.values()),
         )
@@ -109,7 +113,7 @@ class _Profiler(Ledger):
         self.window = self._window(number)
         self._take_over(given, place, number)
 
-    def left(self, place: Place, output: Any) -> None:
+    def returned(self, place: Place, output: Any) -> None:
         if self.phases[-1].name != "forward" or place not in self.numbers:
             return
         number = self.numbers[place]
@@ -117,12 +121,16 @@ class _Profiler(Ledger):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(lambda _: self._comes_back(number))
                 break
-        self.window = self._window(number + 1)
+
+    def left(self, place: Place, output: Any) -> None:
+        self.returned(place, output)
+        if place in self.numbers:
+            self.window = self._window(self.numbers[place] + 1)
 
     def _comes_back(self, number: int) -> None:
         """The gradient of what a unit returned is there: its backward pass begins."""
         if self.phases[-1].name == "backward":
-            self.window = self._window(number)
+            self.window = self._window(number, True)
 
     def _take_over(self, given: Any, place: Place, number: int) -> None:
         """A unit's input is held because of the unit, whoever has made it."""
@@ -136,14 +144,14 @@ class _Profiler(Ledger):
     def _is_before(self, place: Place | None, number: int) -> bool:
         return place is None or place[1] < 0 or self.numbers[place] < number
 
-    def _window(self, number: int) -> Window:
-        return self.windows.setdefault(number, Window())
+    def _window(self, number: int, back: bool = False) -> Window:
+        return self.windows.setdefault((number, back), Window())
 
     # ------------------------------------------------------------------ counting
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.phases[-1].name == "optimizer step":
-            self.window = self._window(_UPDATE)
+            self.window = self._window(_UPDATE, True)
         result = super()._run(func, args, kwargs)
         self.window.seconds += self._seconds(func, args, kwargs, result)
         return result

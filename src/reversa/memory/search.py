@@ -13,29 +13,20 @@ from reversa.memory.solve import INVERT, Block, Solution, fastest, leanest
 TRIES = 5
 """Steps that are made to find a plan that fits as closely as it was predicted to."""
 
-FEW, MORE = 12, (1.5, 1.4, 1.3, 1.25, 1.2, 1.16, 1.12, 1.08, 1.05, 1.03, 1.01, 0.99, 0.96)
-"""So few blocks are planned with more trials, of what the solver finds for so much of the budget."""
-
 
 def best(costs: Costs, trials: Trials, budget: int) -> Solution | None:
     """The fastest choice that fits, confirmed.
 
-    The sums over blocks are right to a few states, where policies meet. So the solver is asked for a little more or
-    less than the budget: by what the last trial showed it to be off; and where blocks are so few that a state matters,
-    by several amounts.
+    The sums over blocks can be off by a state, where policies meet. So the solver is asked for a little more or less
+    than the budget: by what the last trial showed it to be off.
     """
-    target = float(budget)
-    targets = [budget * more for more in MORE] if len(costs.blocks) <= FEW else []
-    tried: set[tuple[str, ...]] = set()
-    for _ in range(TRIES + len(targets)):
+    target, tried = float(budget), set[tuple[str, ...]]()
+    for _ in range(TRIES):
         found = fastest(costs.blocks, costs.rest, target)
-        if found is not None and found.actions not in tried:
-            tried.add(found.actions)
-            target = budget - (trials.make(found.actions).peak - found.peak)
-        elif targets:
-            target = targets.pop()
-        else:
+        if found is None or found.actions in tried:
             break
+        tried.add(found.actions)
+        target = budget - (trials.make(found.actions).peak - found.peak)
     return trials.within(budget)
 
 
@@ -45,6 +36,10 @@ class Trials:
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.made: dict[tuple[str, ...], Solution] = {}
+        for action in (STORE, RECOMPUTE):
+            if all(_has(block, action) for block in costs.blocks):
+                found, actions = costs.profiles[action], (action,) * len(costs.blocks)
+                self.made[actions] = Solution(actions, found.peak + SCALARS, found.total)
 
     def make(self, actions: Sequence[str]) -> Solution:
         """A step with these choices."""
@@ -96,7 +91,7 @@ def _in_segments(costs: Costs) -> int:
         for first in range(0, len(blocks), size):
             inside = 0
             for u in blocks[first : first + size]:
-                peak = max(peak, held + inside + stored.needed[u])
+                peak = max(peak, held + inside + max(stored.forth[u], stored.needed[u]))
                 inside += stored.held[u]
             held += recomputed.held[blocks[first]]
-    return max(peak, held + costs.rest[RECOMPUTE].needed, costs.update)
+    return max(peak, held + max(recomputed.forth[-1], recomputed.needed[-1]), costs.update)

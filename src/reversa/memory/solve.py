@@ -22,8 +22,10 @@ class Choice(NamedTuple):
     held: int
     """Bytes from its forward to its backward pass."""
     needed: int
-    """The most bytes alive while it is at work, without those that blocks before it hold."""
+    """The most bytes alive in its backward pass, without those that blocks before it hold."""
     seconds: float
+    forth: int = 0
+    """The same in its forward pass."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _follow(run: int, choice: Choice, before: Block | None, block: Block) -> tup
 def _longer(paths: Iterable[_Path], choice: Choice, extra: int, budget: float) -> Iterator[_Path]:
     for path in paths:
         held = path.held + extra
-        peak = held + choice.needed
+        peak = max(held + choice.needed, path.held + choice.forth)  # a state kept in between is the one just made
         if peak <= budget:
             seconds = path.seconds + choice.seconds
             yield _Path(held + choice.held, max(path.peak, peak), seconds, choice.action, path)
