@@ -354,3 +354,30 @@ def test_a_speed_that_is_none():
     with pytest.raises(SettingError, match="above 0"):
         Speed(1e12, 0, 1e9, 1e9)
     assert all(value > 0 for value in vars(Speed.measured(size=64)).values())
+
+
+# ---------------------------------------------------------------------- exact arithmetic
+
+
+def test_exact_is_chosen_where_drift_asks_for_many_states():
+    """With gamma = 0.1 every third state or so is kept in float; exact arithmetic keeps 3.3 bits of a step."""
+    model, inputs = around(chain(24, reversa.Momentum(0.1))), (2048, 32)
+    allow = ["store", "invert", "exact"]
+    floats, both = curve(model, inputs, [1], allow[:2], optimizer=SGD, speed=SPEED) + curve(
+        model, inputs, [1], allow, optimizer=SGD, speed=SPEED
+    )
+    assert both.least_bytes < 0.95 * floats.least_bytes
+    found, roomy = curve(model, inputs, [both.least_bytes, "1 TiB"], allow, optimizer=SGD, speed=SPEED)
+    assert (found.exact, roomy.exact) == (True, False)
+    assert "exact arithmetic" in str(found)
+    assert found.to_dict()["exact"] is True
+    planned = found.apply(copy.deepcopy(model))
+    assert (planned[2].exact, model[2].exact) == (True, False)
+    measured = measure(planned, inputs, optimizer=SGD, repeats=1).peak_bytes
+    assert measured <= both.least_bytes
+    assert measured == pytest.approx(found.peak_bytes, rel=0.03)
+
+
+def test_a_scheme_without_exact_arithmetic():
+    model = reversa.ReversibleSequence([mlp(8), mlp(8)], reversa.IResNet())
+    fails("IResNet", (4, 8), "1 GiB", model=model, allow=["exact"])

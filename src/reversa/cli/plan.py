@@ -172,7 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     reversible.add_argument("--as-it-is", action="store_true", help="plan for the network without converting it")
     choice = parser.add_argument_group("to choose from")
     choice.add_argument(
-        "--allow", metavar="store,invert", help=f"policies, of {', '.join(POLICIES)} (default: all that apply)"
+        "--allow",
+        metavar="store,invert",
+        help=f"of {', '.join(POLICIES)}, exact (default: all that apply but exact)",
     )
     choice.add_argument("--speed", metavar="NAME", help=_speed_help())
     what = parser.add_argument_group("what to print, and to draw")

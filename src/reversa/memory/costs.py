@@ -16,7 +16,7 @@ from reversa.memory.settings import PRECISIONS, Settings
 from reversa.memory.solve import INVERT, OFFLOAD, Block, Choice, Solution
 from reversa.memory.speed import Speed
 from reversa.memory.step import Step
-from reversa.memory.units import Unit, holders_of, put_engines, units_of
+from reversa.memory.units import Unit, be_exact, holders_of, put_engines, units_of
 
 STORE, RECOMPUTE = "store", "recompute"
 SCALARS = 256
@@ -31,10 +31,12 @@ class Costs:
         settings: the training step.
         allow: the policies that may be chosen, names of :data:`POLICIES`.
         speed: of the device.
+        exact: let every chain run in exact arithmetic.
     """
 
-    def __init__(self, settings: Settings, allow: Sequence[str], speed: Speed) -> None:
+    def __init__(self, settings: Settings, allow: Sequence[str], speed: Speed, exact: bool = False) -> None:
         self.settings = settings
+        self.exact = exact
         self.speed = speed
         self.mode = fake_mode()
         twin, optimizer = fake_copies(self.mode, settings)
@@ -42,6 +44,8 @@ class Costs:
         self.step = Step(twin, given, settings.loss_function, optimizer, settings.precision, settings.device)
         self.units = units_of(twin)
         self.holders = holders_of(twin)
+        if exact:
+            be_exact(self.holders.values())
         self.inverters = {name: _inverter(holder.engine) for name, holder in self.holders.items()}
         # Without the states that drift asks for: where they are depends on what is chosen.
         self.free = {name: replace(run, anchors=None, accept_drift=True) for name, run in self.inverters.items()}

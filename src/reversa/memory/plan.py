@@ -12,6 +12,7 @@ from torch import nn
 
 from reversa.convert.record import quietly
 from reversa.errors import BudgetError, SettingError, nearest
+from reversa.exact import check_exact
 from reversa.memory.budget import bytes_of
 from reversa.memory.costs import POLICIES, Costs
 from reversa.memory.fake import explained
@@ -23,7 +24,9 @@ from reversa.memory.search import Trials, best, ways_of
 from reversa.memory.settings import Loss, OptimizerLike, Settings, in_words
 from reversa.memory.solve import INVERT, OFFLOAD
 from reversa.memory.speed import Speed
+from reversa.memory.units import holders_of
 
+EXACT = "exact"
 ANY_SPEED = Speed(1e13, 1e14, 1e12, 1e10)
 """Where only bytes are asked for."""
 
@@ -48,6 +51,8 @@ def plan(
     - ``"invert"``: its input is computed back from its output (blocks of chains). Where such a run of blocks ends, and
       wherever the scheme's drift law asks for it, a state is kept.
     - ``"offload"``: its activations wait in the host's memory.
+    - ``"exact"``: all chains may run in exact arithmetic. No state is kept for drift then, only the bits that a scheme
+      loses. The numbers are those of ``exact=True``.
 
     The peak is that of the whole step: forward pass, loss, backward pass, optimizer's step. Bytes and operations of
     each block under each policy come from steps of fake tensors (:func:`reversa.memory.estimate`); dynamic programming
@@ -57,7 +62,8 @@ def plan(
         model: any module, converted or not; it is not touched.
         inputs: as in :func:`reversa.memory.estimate`.
         budget: bytes, or a number with a unit such as ``"16 GiB"``.
-        allow: the policies to choose from. If not given: all of them, ``"offload"`` on an accelerator only.
+        allow: the policies to choose from. If not given: all of them but ``"exact"``, and ``"offload"`` on an
+            accelerator only.
         batch: plan for this batch instead of the one of the inputs; ``"max"`` finds the largest that fits.
         loss: as in :func:`reversa.memory.estimate`.
         optimizer: as in :func:`reversa.memory.estimate`.
@@ -127,22 +133,35 @@ def curve(
     settings = Settings(model, inputs, loss, optimizer, precision)
     allowed, asked = _allowed(allow, settings.device), [bytes_of(budget) for budget in budgets]
     with _prepared(settings):
-        costs = Costs(settings, allowed, speed or Speed.measured(settings.device))
-        trials = Trials(costs)
+        tried = _tried(settings, allowed, speed or Speed.measured(settings.device))
+        ways = ways_of(tried[0].costs)
+        return [_plan(tried, budget, ways) for budget in asked]
+
+
+def _tried(settings: Settings, allowed: tuple[str, ...], speed: Speed) -> list[Trials]:
+    """Trials with the model's chains as they are; and with all of them in exact arithmetic, where that is allowed."""
+    for holder in holders_of(settings.model).values() if EXACT in allowed else ():
+        check_exact(holder.scheme, True)
+    tried = [Trials(Costs(settings, [name for name in allowed if name != EXACT], speed))]
+    if EXACT in allowed:
+        tried.append(Trials(Costs(settings, [*allowed, INVERT], speed, exact=True)))
+    for trials in tried:
         trials.least()
-        ways = ways_of(costs)
-        return [_plan(costs, trials, budget, ways) for budget in asked]
+    return tried
 
 
-def _plan(costs: Costs, trials: Trials, budget: int, ways: tuple[Way, ...]) -> Plan | BudgetError:
+def _plan(tried: list[Trials], budget: int, ways: tuple[Way, ...]) -> Plan | BudgetError:
+    costs = tried[0].costs
     model, shapes = costs.settings.model, in_words(costs.settings.given)
-    found, least = best(costs, trials, budget), trials.least()
-    if found is None:
+    fitting = [(found, trials.costs) for trials in tried if (found := best(trials, budget)) is not None]
+    least = min(trials.least() for trials in tried)
+    if not fitting:
         return BudgetError(
             f"no plan for {type(model).__name__} (inputs {shapes}) takes less than {in_bytes(least)}; the budget is "
             f"{in_bytes(budget)}. {_remedy(costs)}",
             least,
         )
+    found, costs = min(fitting, key=lambda one: one[0].seconds)
     return Plan(
         model=type(model).__name__,
         inputs=shapes,
@@ -154,6 +173,7 @@ def _plan(costs: Costs, trials: Trials, budget: int, ways: tuple[Way, ...]) -> P
         engines=tuple(map(tuple, costs.engines(found.actions))),
         ways=ways,
         speed=costs.speed,
+        exact=costs.exact,
         notes=notes_on(model, costs.settings.device, measured=False),
     )
 
@@ -192,7 +212,7 @@ def largest_size(
     def least(size: int) -> int:
         settings = Settings(model, inputs_at(size), loss, optimizer, precision)
         with _prepared(settings):
-            return Trials(Costs(settings, _allowed(allow, settings.device), ANY_SPEED)).least()
+            return min(t.least() for t in _tried(settings, _allowed(allow, settings.device), ANY_SPEED))
 
     return largest(least, bytes_of(budget), start)
 
@@ -207,8 +227,8 @@ def _allowed(allow: Sequence[str] | None, device: torch.device) -> tuple[str, ..
     if allow is None:
         return tuple(name for name in POLICIES if name != OFFLOAD or device.type != "cpu")
     for name in [allow] if isinstance(allow, str) else allow:
-        if name not in POLICIES:
-            raise SettingError(nearest(name, POLICIES, "policy"))
+        if name not in (*POLICIES, EXACT):
+            raise SettingError(nearest(name, (*POLICIES, EXACT), "policy"))
     if not allow or isinstance(allow, str):
         raise SettingError(f"allow needs a list of policies, such as ['store', 'invert']; got {allow!r}")
     if OFFLOAD in allow and device.type == "cpu":

@@ -13,7 +13,7 @@ from reversa.engine import Engine
 from reversa.errors import SettingError
 from reversa.memory.report import aligned, in_bytes
 from reversa.memory.speed import Speed
-from reversa.memory.units import Unit, put_engines, units_of
+from reversa.memory.units import Unit, be_exact, holders_of, put_engines, units_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Plan:
         engines: for each stage, the engine of each of its blocks.
         ways: others to train the same model in, to compare with.
         speed: what the seconds were counted with.
+        exact: chains run in exact arithmetic with this plan.
         notes: what the numbers do not know.
     """
 
@@ -53,10 +54,12 @@ class Plan:
     engines: tuple[tuple[Engine, ...], ...]
     ways: tuple[Way, ...]
     speed: Speed
+    exact: bool = False
     notes: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Give every block its engine, in place. The numbers that the model computes stay the same.
+        """Give every block its engine, in place. The numbers that the model computes stay the same, but where the plan
+        says :attr:`exact` of a model that was not: then they are those of ``exact=True``.
 
         Args:
             model: the model that the plan was made for, or another one with the same blocks.
@@ -73,12 +76,14 @@ class Plan:
                 f"this plan is for a {self.model} with the stages {self._names(self.units)}; the model has "
                 f"{self._names(units_of(model))}. Make a plan for this model, converted as it will be trained."
             )
+        if self.exact:
+            be_exact(holders_of(model).values())
         put_engines(model, self.units, [list(engines) for engines in self.engines])
         return model
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON knows."""
-        names = ("model", "inputs", "budget", "peak_bytes", "seconds", "least_bytes")
+        names = ("model", "inputs", "budget", "peak_bytes", "seconds", "least_bytes", "exact")
         stages = [
             {"name": unit.stage.name, "reversible": unit.chain is not None, "engines": [repr(e) for e in engines]}
             for unit, engines in zip(self.units, self.engines, strict=True)
@@ -102,6 +107,7 @@ class Plan:
             [f"{self.model}: a training step within {in_bytes(self.budget)} (inputs {self.inputs})"],
             aligned([("", "peak", "time", "over all stored"), *rows]),
             [f"No plan takes less than {in_bytes(self.least_bytes)}."],
+            ["The chains run in exact arithmetic."] * self.exact,
             aligned([("stage", "blocks", "what they do, from the first to the last"), *stages], last_left=True),
             [f"Note: {note}" for note in self.notes],
         ]

@@ -14,12 +14,13 @@ TRIES = 5
 """Steps that are made to find a plan that fits as closely as it was predicted to."""
 
 
-def best(costs: Costs, trials: Trials, budget: int) -> Solution | None:
+def best(trials: Trials, budget: int) -> Solution | None:
     """The fastest choice that fits, confirmed.
 
     The sums over blocks can be off by a state, where policies meet. So the solver is asked for a little more or less
     than the budget: by what the last trial showed it to be off.
     """
+    costs = trials.costs
     target, tried = float(budget), set[tuple[str, ...]]()
     for _ in range(TRIES):
         found = fastest(costs.blocks, costs.rest, target)

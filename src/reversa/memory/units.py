@@ -56,6 +56,12 @@ def holders_of(model: nn.Module) -> dict[str, Holder]:
     return {name: holder for name, holder, _ in chains(model)}
 
 
+def be_exact(holders: Iterable[Holder]) -> None:
+    """Let chains run in exact arithmetic; those that do already keep theirs."""
+    for holder in holders:
+        holder.exact = holder.exact or True
+
+
 def put_engines(model: nn.Module, units: Iterable[Unit], engines: Iterable[list[Engine]]) -> None:
     """Give every block of every unit its engine."""
     holders = holders_of(model)
