@@ -43,7 +43,9 @@ def units_of(model: nn.Module) -> list[Unit]:
     names = [name for name, _, _ in chains(model)]
     stages = stages_of(model)
     units = [Unit(stage, names[i] if i < len(names) else None) for i, stage in enumerate(stages)]
-    return [*units, *(Unit(Stage(path, "as it is", (path,))) for path in _alone(model, stages))]
+    units += [Unit(Stage(path, "as it is", (path,))) for path in _alone(model, stages)]
+    order = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    return sorted(units, key=lambda unit: order[unit.stage.blocks[0]])
 
 
 def as_stages(units: Iterable[Unit]) -> list[Stage]:
