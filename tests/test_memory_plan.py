@@ -381,3 +381,23 @@ def test_exact_is_chosen_where_drift_asks_for_many_states():
 def test_a_scheme_without_exact_arithmetic():
     model = reversa.ReversibleSequence([mlp(8), mlp(8)], reversa.IResNet())
     fails("IResNet", (4, 8), "1 GiB", model=model, allow=["exact"])
+
+
+# ---------------------------------------------------------------------- compiled
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"), [(vit, (16, 3, 32, 32)), (lambda: resnet((1, 1), convert=False), (32, 3, 64, 64))]
+)
+def test_a_compiled_model_is_compared_with_pytorchs_own_budget(make, inputs):
+    model = make()
+    plain = plan(model, inputs, "1 GiB", optimizer=SGD, speed=SPEED)
+    model.compile()
+    found = plan(model, inputs, "1 GiB", optimizer=SGD, speed=SPEED)
+    assert [way.name for way in found.ways][:-1] == [way.name for way in plain.ways]
+    stored, compiled = found.ways[0], found.ways[-1]
+    assert compiled.name == "compiled, activation_memory_budget=0.5"
+    assert compiled.seconds > stored.seconds  # half of what is kept is computed again
+    assert found.least_bytes <= compiled.peak_bytes
+    if make is vit:  # a graph has no ReLU in place: without fusion, a ResNet's takes more than its eager step
+        assert compiled.peak_bytes < 0.8 * stored.peak_bytes

@@ -7,6 +7,7 @@ from itertools import groupby
 from math import isqrt
 
 from reversa.memory.costs import RECOMPUTE, SCALARS, STORE, Costs
+from reversa.memory.notes import is_compiled
 from reversa.memory.planned import Way
 from reversa.memory.solve import INVERT, Block, Solution, fastest, leanest
 
@@ -79,6 +80,10 @@ def ways_of(costs: Costs) -> tuple[Way, ...]:
         can = (costs.units[unit].chain is not None for unit, _ in costs.places)
         inverted = costs.trial([INVERT if chain else STORE for chain in can])
         ways.append(Way("all inverted", inverted.peak, inverted.seconds))
+    if is_compiled(costs.settings.model):
+        from reversa.memory.compiled import compiled_ways  # PyTorch's tracer takes a second to import
+
+        ways += compiled_ways(costs)
     return tuple(ways)
 
 
