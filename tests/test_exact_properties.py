@@ -229,7 +229,8 @@ class Element:
         return self.rounded(np.float32(x) * np.float32(scale))
 
     def rounded(self, product: np.floating) -> int:
-        return int(product if self.bits == 64 else np.rint(product))
+        towards_zero = self.bits == 64 and isinstance(product, np.float32)
+        return int(product if towards_zero else np.rint(product))
 
     def step(self, value: float) -> None:
         self.t += 1

@@ -28,12 +28,13 @@ def real(integer: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
 
 
 def rounded(product: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers less than one unit away: in 64 bits towards zero, in fewer the nearest. The product is given up.
+    """The nearest integers; those towards zero where float32 meets 64 bits. The product is given up.
 
-    In 64 bits a unit is so small that most float32 products are integers already, and a pass over memory is saved; in
-    fewer, steps that all err towards zero would add up.
+    There most products are integers already, since a unit is so small, and a pass over memory is saved. Elsewhere steps
+    that all err towards zero would add up.
     """
-    return product.to(dtype) if dtype == torch.int64 else product.round_().to(dtype)
+    truncates = dtype == torch.int64 and product.dtype == torch.float32
+    return product.to(dtype) if truncates else product.round_().to(dtype)
 
 
 def plus(integer: Tensor, increment: Tensor) -> Tensor:
