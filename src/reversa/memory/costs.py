@@ -93,7 +93,8 @@ class Costs:
 
     def _block(self, u: int, allow: Sequence[str]) -> Block:
         number, _ = self.places[u]
-        chain = self.units[number].chain
+        unit = self.units[number]
+        chain = unit.chain
         can = [a for a in self.profiles if a in allow and (a != INVERT or chain is not None)] or [STORE]
         found = self.profiles
         choices = tuple(
@@ -101,7 +102,8 @@ class Costs:
         )
         closing, anchor = self.kept.get(number, (0, 0))
         last = u + 1 == len(self.places) or self.places[u + 1][0] != number
-        return Block(choices, closing, anchor, self.every.get(chain or ""), last)
+        every = self.every.get(chain or "")
+        return Block(choices, closing, anchor, every and max(1, every // unit.stage.per_block), last)
 
     def _kept(self) -> dict[int, tuple[int, int]]:
         """For each chain, bytes kept where inverted steps end: before stored ones, and before others."""
