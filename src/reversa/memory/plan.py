@@ -87,7 +87,7 @@ def plan(
     True
     >>> model = found.apply(model)
     >>> model.engine
-    Mixed(10 x Invert(), 2 x Store())
+    Mixed(1 x Store(), 10 x Invert(), 1 x Store())
     """
     most = bytes_of(budget)
     step: Any = {"loss": loss, "optimizer": optimizer, "precision": precision}
