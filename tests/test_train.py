@@ -186,7 +186,7 @@ def test_tables_are_complete():
     engines = {
         kind for kind in vars(reversa).values() if isinstance(kind, type) and issubclass(kind, reversa.engine.Engine)
     }
-    assert {type(make()) for make in ENGINES.values()} == engines
+    assert {type(make()) for make in ENGINES.values()} == engines - {reversa.Mixed}  # which is made for one depth
     assert "digits" in DATASETS
 
 
