@@ -286,7 +286,7 @@ def test_a_plan_in_words_and_for_programs():
         "within 4.00 MiB (inputs 2048 x 32)",
         "all stored",
         "all inverted",
-        "No plan takes less than",
+        "No choice of these policies takes less than",
         "Note:",
     ):
         assert part in text

@@ -22,6 +22,9 @@ _VELOCITY_RADIX = {16: 4, 32: 16, 64: 34}
 class FixedPoint:
     r"""States of integers: :math:`X = \mathrm{round}(x \cdot 2^{r})`. Sums of integers can be undone bit for bit.
 
+    Rounding is to the nearest integer; of float32 to 64 bits, where nearly all products are integers already, towards
+    zero.
+
     A scheme that loses no information needs nothing else. Momentum holds its velocity as :math:`V_t = v_t \gamma^{-t}`
     (the *integrating factor*), so that a step is two additions; the low bits that gamma takes away leave it as words of
     8 bits, :math:`\log_2(1/\gamma)` bits per element and step, and come back on the way back.

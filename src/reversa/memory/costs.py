@@ -69,7 +69,7 @@ class Costs:
             for number, unit in enumerate(self.units)
         ]
 
-    def tried(self, engines: list[list[Engine]]) -> Profile:
+    def profiled(self, engines: list[list[Engine]]) -> Profile:
         """A step with these engines."""
         put_engines(self.step.model, self.units, engines)
         self.step.release()
@@ -78,13 +78,13 @@ class Costs:
 
     def trial(self, actions: Sequence[str]) -> Solution:
         """What these choices come to, in a step that is made with them."""
-        found = self.tried(self.engines(actions))
+        found = self.profiled(self.engines(actions))
         return Solution(tuple(actions), found.peak + SCALARS, found.total)
 
     def _uniform(self, action: str) -> Profile:
         """Every block under one policy."""
         of = [self.free[u.chain] if u.chain and action == INVERT else self._engine(u, action) for u in self.units]
-        return self.tried([[engine] * unit.length for engine, unit in zip(of, self.units, strict=True)])
+        return self.profiled([[engine] * unit.length for engine, unit in zip(of, self.units, strict=True)])
 
     def _engine(self, unit: Unit, action: str) -> Engine:
         if action != INVERT:
@@ -109,7 +109,7 @@ class Costs:
         """For each chain, bytes kept where inverted steps end: before stored ones, and before others."""
         if INVERT not in self.profiles:
             return {}
-        found, inside = self.tried([self._cut(unit) for unit in self.units]), self.profiles[INVERT]
+        found, inside = self.profiled([self._cut(unit) for unit in self.units]), self.profiles[INVERT]
         kept = dict(zip(found.places, map(operator.sub, found.held, inside.held), strict=True))
         result: dict[int, tuple[int, int]] = {}
         for number, unit in enumerate(self.units):

@@ -101,10 +101,9 @@ def explained(model: nn.Module, inputs: str) -> Iterator[None]:
     Raises:
         SettingError: a number in a tensor decides what the model computes.
     """
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
-        yield
-        _refuse_closures(model, gradients)
+        with _untouched(model):
+            yield
     except NEEDS_NUMBERS as error:
         raise SettingError(
             f"{type(model).__name__} needs the numbers in its tensors, and an estimate has none "
@@ -115,11 +114,21 @@ def explained(model: nn.Module, inputs: str) -> Iterator[None]:
         raise
 
 
-def _refuse_closures(model: nn.Module, gradients: list[tuple[nn.Parameter, Tensor | None]]) -> None:
-    """Raise where the copy has used the original's parameters, and take what it left there away again."""
-    changed = [(parameter, grad) for parameter, grad in gradients if parameter.grad is not grad]
-    for parameter, grad in changed:
-        parameter.grad = grad
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Take away again what is left in the parameters' gradients, and raise where something was.
+
+    Raises:
+        SettingError: the copy has used the original's parameters.
+    """
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    changed = False
+    try:
+        yield
+    finally:
+        for parameter, grad in gradients:
+            changed |= parameter.grad is not grad
+            parameter.grad = grad
     if changed:
         raise SettingError(
             f"an estimate works on a copy of the model, and this copy of {type(model).__name__} uses the original's "

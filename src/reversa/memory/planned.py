@@ -35,7 +35,7 @@ class Plan:
         budget: bytes that a step may take at most.
         peak_bytes: the most bytes alive in a step with this plan: parameters, gradients, optimizer and loss included.
         seconds: predicted time of a step.
-        least_bytes: no plan with these policies takes less.
+        least_bytes: no choice of the policies that were allowed takes less.
         units: the stages and their blocks.
         engines: for each stage, the engine of each of its blocks.
         ways: others to train the same model in, to compare with.
@@ -106,7 +106,7 @@ class Plan:
         parts = [
             [f"{self.model}: a training step within {in_bytes(self.budget)} (inputs {self.inputs})"],
             aligned([("", "peak", "time", "over all stored"), *rows]),
-            [f"No plan takes less than {in_bytes(self.least_bytes)}."],
+            [f"No choice of these policies takes less than {in_bytes(self.least_bytes)}."],
             ["The chains run in exact arithmetic."] * self.exact,
             aligned([("stage", "blocks", "what they do, from the first to the last"), *stages], last_left=True),
             [f"Note: {note}" for note in self.notes],

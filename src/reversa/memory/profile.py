@@ -100,6 +100,13 @@ class _Profiler(Ledger):
             total=sum(window.seconds for window in self.windows.values()),
         )
 
+    def was_there(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        """What is told of at the end (the optimizer's state) was alive in every window, too."""
+        before = self._sum
+        super().was_there(kind, tensors)
+        for window in self.windows.values():
+            window.peak += self._sum - before
+
     def move(self, place: Place | None, given: Any = ()) -> None:
         if self.phases and self.phases[-1].name != "forward":
             return  # a function that is evaluated once more

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from reversa.check.step import default_loss, tensors_of
 from reversa.errors import StateError, import_extra
 from reversa.memory import MemoryReport, estimate
-from reversa.train.monitor import Clock, Look, Monitor, as_new
+from reversa.train.monitor import Clock, Look, Monitor
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
@@ -161,7 +161,7 @@ def _plain(optimizer: Any) -> Optimizer:
 
 
 def _estimate(model: nn.Module, inputs: Mapping[str, Any], optimizer: Optimizer) -> MemoryReport:
-    return estimate(model, dict(inputs), _loss_of, as_new(optimizer))
+    return estimate(model, dict(inputs), _loss_of, optimizer)
 
 
 def _loss_of(output: Any) -> Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -192,13 +190,10 @@ class Monitor:
         shapes = [(t.shape, t.dtype) for t in tensors_of(batch)]
         if PREDICTED not in self._left and shapes != self._predicted[0]:
             self._predicted = shapes, {}
-            gradients = [(p, p.grad) for p in model.parameters()]
             try:
                 self._predicted = shapes, {PREDICTED: predict().peak_bytes}
             except Exception as error:  # a user's model may raise anything
                 self._leave_out(PREDICTED, error)
-            for p, gradient in gradients:  # a copy may still have called the original
-                p.grad = gradient
         return self._predicted[1]
 
     def _leave_out(self, what: str, error: Exception) -> None:
@@ -268,13 +263,6 @@ def _moves(trainer: Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
 
 
-def as_new(optimizer: Optimizer) -> Optimizer:
-    """The optimizer without its state, which an estimate makes anew: numbers in it (of steps) may not be read there."""
-    new = copy.copy(optimizer)
-    new.state = defaultdict(dict)
-    return new
-
-
 class _TrainingStep(nn.Module):
     """A training step as a module: what is copied with it is the model alone."""
 
@@ -296,5 +284,5 @@ def _estimate(trainer: Trainer, batch: Any, batch_idx: int) -> MemoryReport:
             output = step(twin, batch, *more)
         return output["loss"] if isinstance(output, Mapping) else output
 
-    optimizer = as_new(trainer.optimizers[0]) if trainer.optimizers else None
+    optimizer = trainer.optimizers[0] if trainer.optimizers else None
     return estimate(_TrainingStep(module, run), (batch,), lambda loss: loss, optimizer)
