@@ -100,4 +100,15 @@ def _in_segments(costs: Costs) -> int:
                 peak = max(peak, held + inside + max(stored.forth[u], stored.needed[u]))
                 inside += stored.held[u]
             held += recomputed.held[blocks[first]]
+            if first:
+                held += _streams_beside(costs, number) * recomputed.given[blocks[first]]
     return max(peak, held + max(recomputed.forth[-1], recomputed.needed[-1]), costs.update)
+
+
+def _streams_beside(costs: Costs, number: int) -> int:
+    """Tensors of the state that a segment of a chain begins with, beside what its first block stores anyway."""
+    chain = costs.units[number].chain
+    if chain is None:
+        return 0
+    scheme = costs.holders[chain].scheme
+    return max(0, scheme.num_streams - scheme.functions_per_block)
