@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import importlib
 import io
 import json
 import sys
@@ -63,14 +62,8 @@ def number():
 
 
 @pytest.fixture
-def nets(monkeypatch, tmp_path):
-    """A module of the user's in the working directory."""
-    (tmp_path / "usersnets.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "usersnets", raising=False)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return importlib.import_module("usersnets")
+def nets(users_module):
+    return users_module("usersnets", SOURCE)
 
 
 def printed(capsys, *arguments: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 
 import pytest
 import torch
@@ -71,12 +69,8 @@ SMALL = {
 
 
 @pytest.fixture
-def nets(monkeypatch, tmp_path):
-    (tmp_path / "textnets.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "textnets", raising=False)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return importlib.import_module("textnets")
+def nets(users_module):
+    return users_module("textnets", SOURCE)
 
 
 @pytest.fixture

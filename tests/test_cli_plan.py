@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -59,14 +57,8 @@ def single():
 
 
 @pytest.fixture
-def nets(monkeypatch, tmp_path):
-    """A module of the user's in the working directory."""
-    (tmp_path / "usersplans.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "usersplans", raising=False)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return importlib.import_module("usersplans")
+def nets(users_module):
+    return users_module("usersplans", SOURCE)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from convert_cases import (
     straight,
 )
 from processes import WORLD, in_processes, in_two_processes, needs_fsdp2
-from reversa import Momentum
+from reversa import Momentum, Store
 from reversa.convert import convert, restore
 
 pytestmark = in_processes
@@ -91,6 +91,71 @@ def _fsdp(rank: int) -> None:
             assert_same(actual, expected, 1e-11)
             for optimiser in optimisers:
                 optimiser.step()
+
+
+def _tapped(rank: int) -> None:
+    """A loss on the second block alone, then on all, then on the second again; and a model that was sharded first."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mine, mesh = _mine(rank), init_device_mesh("cpu", (WORLD,))
+    for exact in (False, True):
+        model, reference, x = _models()
+        convert(restore(model), Momentum(GAMMA), exact=exact, example=x)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        taps: list[torch.Tensor] = []
+        model.blocks[1].register_forward_hook(lambda *call, taps=taps: taps.append(call[-1]))
+        rule = by_rule(reference.blocks, GAMMA)
+        optimisers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
+        for tapped in (True, False, True):
+            taps.clear()
+            y = model(x[mine])
+            (taps[0] if tapped else y).square().mean().backward()
+            states = [reference.stem(x)]
+            for block in rule:
+                states.append(block(states[-1]))
+            (states[2] if tapped else reference.head(states[-1])).square().mean().backward()
+            for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+                if q.grad is not None:
+                    torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-9, atol=1e-6 if exact else 1e-11)
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
+
+
+@needs_fsdp2
+def test_a_loss_on_a_middle_tap_under_fsdp2(tmp_path):
+    in_two_processes(tmp_path, _tapped)
+
+
+def _sharded_first(rank: int) -> None:
+    """A model of Hugging Face that FSDP2 has sharded cannot be copied: its blocks are found by structure."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    import hf_models
+
+    torch.manual_seed(0)
+    model, inputs = hf_models.llama(layers=3, double=True, attention_dropout=0.0, use_cache=False)
+    reference = convert(copy.deepcopy(model), Momentum(GAMMA), engine=Store())
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    convert(model, Momentum(GAMMA))
+    for _ in range(2):
+        for m in (model, reference):
+            m.zero_grad()
+            m(**inputs).loss.backward()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-6, atol=1e-8)
+
+
+@needs_fsdp2
+def test_a_hugging_face_model_that_was_sharded_first(tmp_path):
+    in_two_processes(tmp_path, _sharded_first)
 
 
 def test_ddp(tmp_path):

@@ -21,7 +21,7 @@ from convert_cases import (
 from copies import COPIES
 from reversa import Momentum
 from reversa.convert import convert, explain, restore
-from reversa.errors import ConversionError
+from reversa.errors import ConversionError, SettingError
 
 
 def test_modules_parameters_and_keys_are_the_same_objects_as_before():
@@ -127,6 +127,10 @@ def test_stages_can_be_chosen():
     assert "reversible" in repr(model.layer2)
     assert [stage.name for stage in explain(model).stages] == ["layer2"]
     assert ("layer1", "not among the stages asked for") in explain(model).left
+    assert [stage.name for stage in explain(convert(small(), stages=["layer[13]", "*2"])).stages] == [
+        "layer1",
+        "layer2",
+    ]
 
 
 def test_conversion_draws_no_random_number_and_moves_no_statistics():
@@ -139,3 +143,21 @@ def test_conversion_draws_no_random_number_and_moves_no_statistics():
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.training
+
+
+def test_a_scheme_for_each_stage():
+    model = small()
+    convert(model, {"layer1": Momentum(0.5), "layer[23]": Momentum(0.9)})
+    report = explain(model)
+    assert [stage.name for stage in report.stages] == ["layer1", "layer2"]
+    assert report.rule.split("; ")[0].startswith("Momentum(gamma=0.5")
+    x = torch.randn(2, 3, 32, 32).double()
+    moved = model.eval()(x)
+    for name, gamma in (("layer1", 0.5), ("layer2", 0.9)):
+        blocks = [b for b in getattr(model, name) if "_reversa" in vars(b)]
+        assert {b._reversa.stage.scheme.gamma for b in blocks} == {gamma}
+    assert not torch.equal(convert(restore(model), Momentum(0.5))(x), moved)
+    one = convert(small(), {"layer2": Momentum(0.5)})
+    assert [stage.name for stage in explain(one).stages] == ["layer2"]
+    with pytest.raises(SettingError, match="layer1"):
+        convert(small(), {"layr1": Momentum(0.5)})

@@ -14,7 +14,7 @@ from convert_cases import (
     small,
     straight,
 )
-from reversa import AdditiveCoupling, Momentum, Recompute, RevNet
+from reversa import AdditiveCoupling, Hamiltonian, Momentum, Recompute
 from reversa.convert import convert, restore
 from reversa.errors import ConversionError, SettingError
 
@@ -23,7 +23,7 @@ def test_settings_that_cannot_be():
     model = looped()
     before = anatomy(model)
     x = torch.randn(2, 6).double()
-    for scheme in (RevNet(), AdditiveCoupling(), Momentum(0.9, init=nn.Linear(6, 6))):
+    for scheme in (Hamiltonian(), AdditiveCoupling(), Momentum(0.9, init=nn.Linear(6, 6))):
         with pytest.raises(SettingError, match=r"cannot take over another model's blocks.*Use Momentum"):
             convert(model, scheme)
     with pytest.raises(SettingError, match=r"exact must be True, False, or an arithmetic.*got 64"):

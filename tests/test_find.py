@@ -7,11 +7,13 @@ import gc
 import logging
 import pickle
 import random
+import time
 
 import pytest
 import torch
 from torch import nn
 
+from reversa.convert import find as find_without_example
 from reversa.convert.example import example_inputs, same_class_runs
 from reversa.convert.find import Findings, find_stages
 from reversa.errors import ConversionError, SettingError
@@ -257,7 +259,9 @@ def test_what_is_no_residual_addition(case):
 
 def test_plain_networks_have_no_stage():
     layers = [nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()] * 3
-    assert find(nn.Sequential(*map(copy.deepcopy, layers)), X) == Findings((), ())
+    findings = find(nn.Sequential(*map(copy.deepcopy, layers)), X)
+    assert findings.stages == ()
+    assert reasons(findings) == dict.fromkeys("013467", "no residual addition found")
 
 
 def test_the_chain_ends_where_a_block_is_no_residual_block():
@@ -456,7 +460,11 @@ def test_parts_that_run_without_gradients_are_left():
     assert left["b3"].startswith("is given a tensor without gradient")
 
 
-def test_of_nested_runs_the_longest_and_then_the_outermost_is_the_stage():
+def test_of_nested_runs_those_that_save_more_become_stages():
+    """Of n blocks of m each a chain of the outer saves n - 1 times m blocks' activations, chains of the inner n (m - 1)
+    of them; and each chain keeps a state.
+    """
+
     def pile(outer, inner):
         return nn.Sequential(*(chain(*[torch.add] * inner) for _ in range(outer)))
 
@@ -468,6 +476,17 @@ def test_of_nested_runs_the_longest_and_then_the_outermost_is_the_stage():
 def test_a_deep_model_in_little_time():
     findings = find(chain(*[torch.add] * 150), X)
     assert lengths(findings) == {"0-149": 150}
+
+
+def test_a_model_of_seven_billion_parameters():
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig())
+    assert model.num_parameters() > 6.7e9
+    start = time.process_time()
+    findings = find_without_example(model)
+    assert time.process_time() - start < 5
+    assert lengths(findings) == {"model.layers": 32}
 
 
 def test_the_pass_takes_no_memory():

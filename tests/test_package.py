@@ -17,14 +17,14 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the bottom to the top; a module imports only from levels below its own part's.
 LAYERS = [
     {"errors"},
-    {"drawing"},
+    {"drawing", "words"},
     {"schemes"},
     {"exact"},
     {"engine"},
     {"sequence"},
     {"check", "models", "convert"},
     {"memory"},
-    {"regularise", "schedule", "stability"},
+    {"regularise", "schedule", "stability", "compat"},
     {"trajectories"},
     {"train"},
     {"cli"},
@@ -120,7 +120,16 @@ def blocks_of(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
 
 
-PAGES = ("README.md", "docs/exact.md", "docs/models.md", "docs/stability.md", "docs/memory.md")
+PAGES = (
+    "README.md",
+    "docs/conversion.md",
+    "docs/exact.md",
+    "docs/models.md",
+    "docs/stability.md",
+    "docs/stacks.md",
+    "docs/memory.md",
+    "docs/migration.md",
+)
 EXAMPLES = [code for page in PAGES for code in blocks_of(page)]
 
 

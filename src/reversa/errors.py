@@ -54,6 +54,10 @@ class DriftError(ReversaError):
     """Float arithmetic would lose too many digits on the way back."""
 
 
+class ConversionWarning(UserWarning):
+    """A converted model leaves out something that was asked for, because its stages do without."""
+
+
 class DriftWarning(UserWarning):
     """Float arithmetic will lose a noticeable part of the gradient's digits on the way back."""
 

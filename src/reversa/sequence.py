@@ -16,7 +16,7 @@ from reversa.engine import Engine, Invert, _torch
 from reversa.engine.steps import first_tensor, is_recording, plain_step, with_value
 from reversa.engine.watch import AsRecorded, Watch
 from reversa.errors import SettingError, StateError
-from reversa.exact import Arithmetic, ExactScheme, check_exact, run_in, run_with
+from reversa.exact import Arithmetic, ExactScheme, check_exact, dtype_of, run_in, run_with
 from reversa.schemes import Scheme, State
 
 Block = nn.Module | Sequence[nn.Module]
@@ -190,7 +190,7 @@ class ReversibleSequence(nn.Module):
     def extra_repr(self) -> str:
         """The scheme, the engine, and what a training step keeps."""
         length = len(self.functions)
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        dtype = dtype_of(self)
         scheme = run_in(self.scheme, self.exact, dtype, dtype)
         kept = self.engine.kept_states(scheme, length, dtype)
         return f"{scheme}, {self.engine},\n{length} steps; kept for the backward pass in {dtype}: {kept}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reversa.engine import Engine, Invert, Mixed, _torch
-from reversa.exact import Arithmetic
+from reversa.exact import Exact, dtype_of, run_in
 from reversa.schemes import Scheme, State
 from reversa.sequence import ReversibleSequence
 
@@ -24,7 +24,7 @@ class Stage(Protocol):
     name: str
     scheme: Scheme
     engine: Engine
-    exact: bool | Arithmetic
+    exact: Exact
 
     def scheme_for(self, x: Tensor, *training: bool) -> Scheme: ...
 
@@ -150,7 +150,13 @@ def chains(model: nn.Module) -> Iterator[tuple[str, Holder, list[str]]]:
         elif (stage := _stage_of(module)) is not None:
             stages.setdefault(id(stage), (stage, []))[1].append(name)
     for stage, places in stages.values():
-        yield stage.name, stage, places
+        yield stage.name, stage, [name for name in places for _ in range(stage.scheme.functions_per_block)]
+
+
+def is_exact(holder: Holder, model: nn.Module) -> bool:
+    """Whether a chain of the model computes in integers, with states of the parameters' type."""
+    dtype = dtype_of(model)
+    return run_in(holder.scheme, holder.exact, dtype, dtype).exact
 
 
 def _stage_of(module: nn.Module) -> Stage | None:

@@ -15,6 +15,7 @@ from reversa.errors import ReversaError, SettingError, nearest
 VERBS = {
     "train": "train a reversible network on real images, and measure what it costs",
     "models": "list the networks by name, with their parameters",
+    "convert": "what a conversion makes of a network: stages, bytes, and what is left",
     "check": "find out whether a converted model trains right",
     "memory": "what a training step costs in memory: estimated, measured, drawn",
     "plan": "the fastest way to train within a memory budget, block by block",

@@ -16,8 +16,8 @@ from reversa.memory import estimate, largest_size
 from reversa.memory.budget import bytes_of
 from reversa.memory.costs import POLICIES, RECOMPUTE, STORE
 from reversa.memory.largest import largest
-from reversa.memory.report import aligned, in_bytes
 from reversa.memory.units import put_engines, units_of
+from reversa.words import aligned, in_bytes
 
 POSITIONS = {"batch": 0, "side": 2, "length": 1}
 MOST_HALVINGS = 16

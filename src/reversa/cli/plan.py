@@ -22,7 +22,7 @@ from reversa.memory import Plan, Speed, curve
 from reversa.memory.budget import bytes_of
 from reversa.memory.costs import POLICIES
 from reversa.memory.pictures import draw_curve, picture_files
-from reversa.memory.report import aligned, in_bytes
+from reversa.words import aligned, in_bytes
 
 SIZES = "batch", "side", "length"
 POINTS = 12

@@ -22,7 +22,7 @@ def recipe(
     device = "" if network.device is None else f', device="{network.device}"'
     given = [
         "model",
-        _written(network.takes(model, job.shape), device),
+        written(network.takes(model, job.shape), device),
         f'"{budget}"',
         *([] if allow is None else [f"allow={list(allow)!r}"]),
         *_step(job, model),
@@ -51,14 +51,14 @@ def _model(job: Job, asked: Asked | None, model: nn.Module, device: str) -> list
     settings = {} if converts or asked is None else settings_asked(network, asked)
     settings.pop("engine", None)  # the plan says it
     arguments = [network.source.arguments] * bool(network.source.arguments)
-    arguments += [f"{name}={_written(value)}" for name, value in settings.items()]
+    arguments += [f"{name}={written(value)}" for name, value in settings.items()]
     placed = f'.to("{network.device}")' if network.device else ""
     lines = [f"model = {network.source.function}({', '.join(arguments)}){placed}.train()"]
     if converts and asked is not None:
         exact = ", exact=True" if asked.exact else ""
         example = example_of(network, model, job.shape)
-        shown = "" if example is None else f", example={_written(example, device)}"
-        lines.append(f"reversa.convert(model, scheme={_written(asked.make_scheme())}{exact}{shown})")
+        shown = "" if example is None else f", example={written(example, device)}"
+        lines.append(f"reversa.convert(model, scheme={written(asked.make_scheme())}{exact}{shown})")
     return lines
 
 
@@ -73,10 +73,10 @@ def _step(job: Job, model: nn.Module) -> list[str]:
     return found
 
 
-def _written(value: Any, device: str = "") -> str:
+def written(value: Any, device: str = "") -> str:
     """A value in Python."""
     if isinstance(value, dict):
-        inside = ", ".join(f'"{name}": {_written(each, device)}' for name, each in value.items())
+        inside = ", ".join(f'"{name}": {written(each, device)}' for name, each in value.items())
         return f"{{{inside}}}"
     if isinstance(value, Tensor):
         return f"torch.zeros({tuple(value.shape)}, dtype={value.dtype}{device})"

@@ -13,8 +13,8 @@ from reversa.cli.ways import Way, every_way, name_asked, pair, way_asked
 from reversa.errors import ConversionError, SettingError
 from reversa.memory import MemoryReport, estimate, measure
 from reversa.memory.fake import NEEDS_NUMBERS
-from reversa.memory.report import aligned, in_bytes
 from reversa.memory.sweep import sweep
+from reversa.words import aligned, in_bytes
 
 Row = dict[str, Any]
 Found = TypeVar("Found")

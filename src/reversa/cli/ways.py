@@ -172,7 +172,7 @@ def _converted(network: Network, asked: Asked, shape: Shape, real: bool = False,
     return convert(
         model,
         scheme=asked.make_scheme(),
-        exact=asked.exact,
+        exact=asked.exact or None,
         engine=engine,
         example=example_of(network, model, shape),
     )

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import nn
 
-from reversa.convert.example import example_inputs, same_class_runs
-from reversa.convert.find import Findings, FoundStage, find_stages
-from reversa.convert.report import Explanation, StageReport
-from reversa.convert.stage import Between, Place, Stage
-from reversa.convert.switch import (
-    is_switched,
-    place_of,
-    refuse_unswitchable,
-    switch_back,
-    switch_block,
-    switch_container,
-)
-from reversa.engine import Engine, Invert
+from reversa.convert.example import example_inputs
+from reversa.convert.explain import DEFAULT_ENGINE, DEFAULT_SCHEME, LEFT, explain, find, is_converted, stage_of
+from reversa.convert.find import Findings, FoundStage
+from reversa.convert.marks import is_switched, place_of, switch_back
+from reversa.convert.report import NO_STAGE, Explanation
+from reversa.convert.stage import Between, Place
+from reversa.convert.streams import Branches, Streams, two_branches
+from reversa.convert.switch import switch
+from reversa.engine import Engine, Mixed
 from reversa.errors import ConversionError, SettingError, nearest
-from reversa.exact import Arithmetic, check_exact
-from reversa.schemes import Momentum, Scheme
+from reversa.exact import Exact, check_exact
+from reversa.schemes import RevNet, Scheme
+from reversa.schemes.coupling import Duplicated
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_LEFT = "_reversa_left"
 
 
 def convert(
     model: Model,
-    scheme: Scheme | None = None,
+    scheme: Scheme | Mapping[str, Scheme] | None = None,
     stages: Literal["auto"] | Sequence[str] = "auto",
-    exact: bool | Arithmetic = False,
+    exact: Exact = None,
     engine: Engine | None = None,
     example: Any = None,
     between: Between = "error",
@@ -47,10 +42,13 @@ def convert(
 
     Args:
         model: a network with residual blocks.
-        scheme: the update rule; ``Momentum(0.9)`` if not given.
-        stages: ``"auto"``, or names of stages as :func:`explain` shows them.
+        scheme: the update rule; ``Momentum(0.9)`` if not given. ``RevNet()`` duplicates the carried tensor, and lets
+            the attention and the MLP of transformer blocks move a stream each. A mapping has a scheme for each stage,
+            by its name or a pattern of names, and the other stages are left: ``{"layer3": Momentum(0.9)}``.
+        stages: ``"auto"``, or names of stages as :func:`explain` shows them, or patterns of names (``"layer[23]"``).
         exact: the backward pass computes back the very bits of the forward pass, whatever gamma is: True, or an
-            arithmetic, :class:`reversa.exact.FixedPoint` or :class:`reversa.exact.Ratio`.
+            arithmetic, :class:`reversa.exact.FixedPoint` or :class:`reversa.exact.Ratio`. If not given: True for
+            states of 16 bits, which would drift soon, False for others.
         engine: how the backward pass gets the states; :class:`reversa.Invert` if not given.
         example: an input to find the stages with: a tensor, a tuple of arguments or a dictionary of keyword
             arguments. Not needed for torchvision's, timm's, Hugging Face's and ``torch.nn``'s models.
@@ -69,37 +67,33 @@ def convert(
     >>> model = reversa.convert(torch.nn.TransformerEncoder(block, 4), scheme=reversa.Momentum(0.5))
     >>> model(torch.randn(2, 3, 16)).sum().backward()
     """
-    scheme = Momentum(0.9) if scheme is None else scheme
-    engine = Invert() if engine is None else engine
-    _check_settings(model, scheme, engine, exact, between)
+    engine = DEFAULT_ENGINE if engine is None else engine
+    schemes = dict(scheme) if isinstance(scheme, Mapping) else {"*": DEFAULT_SCHEME if scheme is None else scheme}
+    schemes = {name: Duplicated() if isinstance(one, RevNet) else one for name, one in schemes.items()}
+    _check_settings(model, schemes.values(), engine, exact, between)
     findings = find(model, example)
     chosen = _choose(findings, stages)
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    for name in (name for found in chosen for name in found.blocks):
-        refuse_unswitchable(modules[name], name)
+    if isinstance(scheme, Mapping):
+        by_name = _choose(findings, list(schemes))
+        chosen = [found for found in chosen if found in by_name]
+    rules = {f.name: next(one for name, one in schemes.items() if fnmatch.fnmatch(f.name, name)) for f in chosen}
+    twofold = [found for found in chosen if isinstance(rules[found.name], Duplicated)]
+    branches, unfit = _branches(model, twofold, stages, example)
+    chosen = [found for found in chosen if found.name not in unfit]
+    places: list[list[Place]] = []
     for found in chosen:
-        stage = Stage(found.name, scheme, engine, len(found.blocks), exact, between, found.shape, found.after)
+        stage = stage_of(found, rules[found.name], engine, exact, between)
         guessed = found.shape is None and stages == "auto"
-        for index, name in enumerate(found.blocks):
-            switch_block(modules[name], Place(stage, index, name, found.key, guessed))
-    containers = [_containers(modules, found.blocks[0]) for found in chosen]
-    for inner, *_ in containers:
-        switch_container(inner, holds_loop=True)
-    for owner in (owner for _, *owners in containers for owner in owners):
-        switch_container(owner, holds_loop=False)
-    unchosen = [(found.name, "not among the stages asked for") for found in findings.stages if found not in chosen]
-    model.__dict__[_LEFT] = (*unchosen, *((block.name, block.reason) for block in findings.left))
+        if found in twofold:
+            run = [Streams(stage, i, name, found.key, False, None, branches.get(name)) for i, name in found.numbered]
+        else:
+            run = [Place(stage, i, name, found.key, guessed) for i, name in found.numbered]
+        places.append(list(run))
+    switch(model, places)
+    unasked = "not among the stages asked for"
+    unchosen = [(f.name, unfit.get(f.name, unasked)) for f in findings.stages if f not in chosen]
+    model.__dict__[LEFT] = (*unchosen, *((block.name, block.reason) for block in findings.left))
     return model
-
-
-def find(model: nn.Module, example: Any = None) -> Findings:
-    """The stages that :func:`convert` would make reversible, and what it would leave.
-
-    Raises:
-        ConversionError: nothing tells which inputs the model takes, and no example was given.
-    """
-    inputs = example_inputs(model, example)
-    return same_class_runs(model) if inputs is None else find_stages(model, *inputs)
 
 
 def restore(model: Model) -> Model:
@@ -108,7 +102,7 @@ def restore(model: Model) -> Model:
     Raises:
         ConversionError: the model is not converted.
     """
-    if not _is_converted(model):
+    if not is_converted(model):
         raise ConversionError(f"restore needs a converted model, got a {type(model).__name__} with no reversible stage")
     for name, module in model.named_modules():
         if place_of(module) is not None and not is_switched(module):
@@ -118,111 +112,68 @@ def restore(model: Model) -> Model:
             )
     for module in model.modules():
         switch_back(module)
-        module.__dict__.pop(_LEFT, None)
+        module.__dict__.pop(LEFT, None)
     return model
 
 
-def explain(model: nn.Module, example: Any = None) -> Explanation:
-    """What was converted, what was left as it is, and why; of a model that is not converted: what would be.
-
-    Args:
-        model: the model; it is not changed.
-        example: as in :func:`convert`; only needed for models that are not converted.
-    """
-    if not _is_converted(model):
-        findings = find(model, example)
-        left = tuple((block.name, block.reason) for block in findings.left)
-        reports = (
-            _report(found.name, found.blocks, model, found.shape, found.after, "all activations")
-            for found in findings.stages
-        )
-        return Explanation(False, "", tuple(reports), left)
-    blocks: dict[Stage, list[str]] = {}
-    left = []
-    for name, module in model.named_modules():
-        if (place := place_of(module)) is not None:
-            blocks.setdefault(place.stage, []).append(name)
-        prefix = f"{name}." if name else ""
-        left += [(f"{prefix}{block}", reason) for block, reason in module.__dict__.get(_LEFT, ())]
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    reports = (
-        _report(s.name, names, model, s.shape, s.after, s.engine.kept_states(s.runs(dtype), s.length, dtype))
-        for s, names in blocks.items()
-    )
-    rules = dict.fromkeys(f"{stage.runs(dtype)}, {stage.engine}" for stage in blocks)
-    return Explanation(True, "; ".join(rules), tuple(reports), tuple(left))
-
-
-def _report(
-    name: str, blocks: Sequence[str], model: nn.Module, shape: tuple[int, ...] | None, after: tuple[str, ...], kept: str
-) -> StageReport:
-    kind = type(model.get_submodule(blocks[0])).__name__
-    note = ""
-    if after:
-        note = (
-            f"the block ends with {', '.join(after)} after its residual addition. It becomes part of f(x) = block(x) "
-            "- x; where a scheme's step is not x + f(x), the carried tensor does not pass through it any more, and "
-            "pretrained weights need fine-tuning: with Momentum the less the smaller gamma is"
-        )
-    return StageReport(name, tuple(blocks), kind, shape, kept, note)
-
-
-def _is_converted(model: nn.Module) -> bool:
-    return any(is_switched(module) for module in model.modules())
-
-
-def _check_settings(model: nn.Module, scheme: Scheme, engine: Engine, exact: bool | Arithmetic, between: str) -> None:
+def _check_settings(model: nn.Module, schemes: Iterable[Scheme], engine: Engine, exact: Exact, between: str) -> None:
     if not isinstance(model, nn.Module):
         raise SettingError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
+    for scheme in schemes:
+        _check_rule(scheme, engine, exact)
+    if between not in ("error", "carry"):
+        raise SettingError(f"between must be 'error' or 'carry', got {between!r}")
+    if is_converted(model):
+        raise ConversionError("the model is converted already. Call reversa.restore(model) first.")
+
+
+def _check_rule(scheme: Scheme, engine: Engine, exact: Exact) -> None:
     if not isinstance(scheme, Scheme) or not isinstance(engine, Engine):
         raise SettingError(
             f"convert needs a scheme and an engine such as Momentum(0.9) and Invert(), got {scheme!r}, {engine!r}"
         )
-    if not scheme.carries_input or scheme.functions_per_block != 1 or scheme.modules() or scheme.ends_otherwise:
+    whole = scheme.carries_input and scheme.functions_per_block == 1
+    if not (whole or isinstance(scheme, Duplicated)) or scheme.modules() or scheme.ends_otherwise:
         raise SettingError(
             f"{scheme} cannot take over another model's blocks: conversion needs one function per block, a state that "
             "begins with the whole input, and no parameters or last step of its own. Use Momentum(gamma), BDIA() or "
-            "Dr2Net()."
+            "Dr2Net(); for transformers also RevNet(), whose streams then are two copies of the input."
         )
     check_exact(scheme, exact)
-    engine.begin(scheme, 1)  # refuses what cannot be made step by step
-    if between not in ("error", "carry"):
-        raise SettingError(f"between must be 'error' or 'carry', got {between!r}")
-    if _is_converted(model):
-        raise ConversionError("the model is converted already. Call reversa.restore(model) first.")
+    if not isinstance(engine, Mixed):  # which tells by itself whether it is made for a chain
+        engine.begin(scheme, 1)  # refuses what cannot be made step by step
 
 
 def _choose(findings: Findings, stages: Literal["auto"] | Sequence[str]) -> list[FoundStage]:
     if not findings.stages:
         reasons = "".join(f"\n  {block.name}: {block.reason}" for block in findings.left[:8])
-        raise ConversionError(
-            "no convertible stage was found. A stage is a run of at least two blocks in which each one's output is "
-            f"the next one's input, of one shape and data type, with parameters and a residual addition.{reasons}"
-        )
+        raise ConversionError(f"no convertible stage was found. {NO_STAGE}{reasons}")
     if stages == "auto":
         return list(findings.stages)
     names = [found.name for found in findings.stages]
     if isinstance(stages, str) or not stages:
         raise SettingError(f"stages must be 'auto' or a list of names from {names}, got {stages!r}")
     for name in stages:
-        if name not in names:
+        if not fnmatch.filter(names, name):
             raise SettingError(nearest(name, names, "stage"))
-    return [found for found in findings.stages if found.name in stages]
+    return [found for found in findings.stages if any(fnmatch.fnmatch(found.name, name) for name in stages)]
 
 
-def _containers(modules: dict[str, nn.Module], block: str) -> list[nn.Module]:
-    """Whose calls can contain the loop over the blocks: every Sequential above, and the first other module."""
-    containers: list[nn.Module] = []
-    name = block
-    while name:
-        name = name.rpartition(".")[0]
-        module = modules[name]
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            continue
-        containers.append(module)
-        if not isinstance(module, nn.Sequential):
-            break
-    return containers
+def _branches(
+    model: nn.Module, chosen: list[FoundStage], stages: Literal["auto"] | Sequence[str], example: Any
+) -> tuple[dict[str, Branches], dict[str, str]]:
+    """Of stages under a scheme of two streams the branches of every block, and which of them have none, and why."""
+    inputs = example_inputs(model, example) if chosen else None
+    if inputs is None:  # blocks that were found by structure alone are looked at in their first call
+        return {}, {}
+    branches, unfit = two_branches(model, chosen, *inputs)
+    if len(unfit) == len(chosen) or (unfit and stages != "auto"):
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in unfit.items())
+        raise ConversionError(
+            "RevNet needs pre-norm transformer blocks, x + A(x) + M(x + A(x)), of which each function is made of "
+            f"modules of its own. Use Momentum(gamma) for others, or name stages that fit.{reasons}"
+        )
+    return branches, unfit
 
 
 __all__ = ["Explanation", "convert", "explain", "find", "restore"]

@@ -143,10 +143,17 @@ def _torchvision(model: nn.Module) -> Inputs | None:
 
 
 def _timm(model: nn.Module) -> Inputs | None:
-    """Models of timm carry the size that they were made for."""
+    """Models of timm carry the size of their pretrained weights, and those with patches the size of their own."""
     settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = settings.get("input_size") if isinstance(settings, Mapping) else None
-    return None if size is None else ((_zeros(model, 2, *size),), {})
+    if size is None:
+        return None
+    channels, *sides = size
+    patches = getattr(model, "patch_embed", None)
+    own = getattr(patches, "img_size", None)
+    if isinstance(own, (tuple, list)) and len(own) == 2:
+        channels, sides = getattr(getattr(patches, "proj", None), "in_channels", channels), list(own)
+    return (_zeros(model, 2, channels, *sides),), {}
 
 
 def _hugging_face(model: nn.Module) -> Inputs | None:

@@ -7,7 +7,7 @@ that the one before it gave on, keeps its shape and type, and adds what it compu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from reversa.convert.record import Call, Key, Seen, record
 from reversa.convert.residual import after_addition, edge_of
+from reversa.convert.runs import Block, Run, is_within, most_saving, parent_of, runs_of, stored_by
 
 ONE_BLOCK = "a run of one block, which would save little"
 UNCALLED = "is not called in the forward pass"
@@ -35,6 +36,8 @@ class FoundStage:
         dtype: its data type; None where no pass was made.
         after: what acts on ``x + f(x)`` before it leaves the block: ``("relu",)`` for a post-activation block,
             ``("norm",)`` for a post-norm block, ``()`` for a plain sum.
+        stored: bytes that autograd stores in its blocks for the backward pass, for the inputs of the recorded pass;
+            None where no pass was made.
     """
 
     name: str
@@ -43,6 +46,12 @@ class FoundStage:
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     after: tuple[str, ...] = ()
+    stored: int | None = None
+
+    @property
+    def numbered(self) -> list[tuple[int, str]]:
+        """The blocks with their numbers."""
+        return list(enumerate(self.blocks))
 
 
 @dataclass(frozen=True)
@@ -61,28 +70,11 @@ class Findings:
     left: tuple[LeftBlock, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """A call that a reversible step could take over: where x came in, where x + f(x) went out, what acted on it."""
-
-    name: str
-    key: Key
-    given: Seen
-    gave: Seen
-    after: tuple[str, ...]
-
-    def continues(self, other: _Block) -> bool:
-        return self.key == other.key and self.given.tensor is other.gave.tensor
-
-
-_Run = list[_Block]
-
-
 def find_stages(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Findings:
     """The stages of a model, from one forward pass of a copy on fake tensors, in the mode that the model is in.
 
     The model is not changed: no parameter, buffer, mode, hook, nor any state of a random number generator. Where runs
-    lie inside each other's blocks, the longest one is a stage.
+    lie inside each other's blocks, those become stages that save more bytes.
 
     Args:
         model: any module.
@@ -100,8 +92,8 @@ def find_stages(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     """
     modules = dict(model.named_modules())
     verdicts = _judge(record(model, args, kwargs), modules)
-    runs = _runs(verdicts)
-    chosen = _longest(run for run in runs if len(run) > 1)
+    runs = runs_of(verdicts)
+    chosen = most_saving([run for run in runs if len(run) > 1])
     chosen.sort(key=lambda run: list(modules).index(run[0].name))
     names = stage_names([[block.name for block in run] for run in chosen])
     stages = tuple(_stage(name, run) for name, run in zip(names, chosen, strict=True))
@@ -132,28 +124,20 @@ def stage_names(runs: list[list[str]]) -> list[str]:
     >>> stage_names([["layer1.0", "layer1.1"], ["f.2", "f.3"], ["f.5", "f.6"], ["b1", "b2"]])
     ['layer1', 'f.2-3', 'f.5-6', 'b1-b2']
     """
-    parents = [_parent(run[0]) for run in runs]
+    parents = [parent_of(run[0]) for run in runs]
     return [
         parent if parent and parents.count(parent) == 1 else f"{run[0]}-{run[-1].removeprefix(f'{parent}.')}"
         for parent, run in zip(parents, runs, strict=True)
     ]
 
 
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _is_within(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")
-
-
-def _judge(calls: list[Call], modules: dict[str, nn.Module]) -> dict[str, _Block | str]:
+def _judge(calls: list[Call], modules: dict[str, nn.Module]) -> dict[str, Block | str]:
     """For every module that was called, in the order of the calls: the block that it is, or why it is none."""
     times = Counter(call.name for call in calls)
-    verdicts: dict[str, _Block | str] = {}
+    verdicts: dict[str, Block | str] = {}
     given_on: set[tuple[str, int]] = set()
     for call in calls:
-        parent = _parent(call.name)
+        parent = parent_of(call.name)
         if times[call.name] > 1:
             verdicts[call.name] = SHARED
         elif call.name and has_parameters(modules[call.name]):
@@ -165,7 +149,7 @@ def _judge(calls: list[Call], modules: dict[str, nn.Module]) -> dict[str, _Block
     return verdicts
 
 
-def _block_or_reason(call: Call, keys: list[Key]) -> _Block | str:
+def _block_or_reason(call: Call, keys: list[Key]) -> Block | str:
     """The call as a block that carries the first of these arguments that it can carry; else why it cannot."""
     if call.output is None:
         return "does not return a tensor, or a tuple that begins with one"
@@ -180,7 +164,11 @@ def _block_or_reason(call: Call, keys: list[Key]) -> _Block | str:
         given, gave = call.inputs[key], call.output
         after = after_addition(gave.edge, given.edge) if gave.edge and given.edge else None
         if after is not None:
-            return "changes its input in place" if key in call.writes else _Block(call.name, key, given, gave, after)
+            return (
+                "changes its input in place"
+                if key in call.writes
+                else Block(call.name, key, given, gave, after, call.stored)
+            )
     if call.output.edge is None:
         return "runs without gradients"
     if any(call.inputs[key].edge for key in fitting):
@@ -201,44 +189,22 @@ def _misfit(given: Seen, gave: Seen) -> str:
     return f"carries {a.dtype}, not floating-point numbers"
 
 
-def _runs(verdicts: dict[str, _Block | str]) -> list[_Run]:
-    """The blocks, gathered into runs of children of one parent that go on with each other's tensor."""
-    latest: dict[str, _Run] = {}
-    runs: list[_Run] = []
-    for name, block in verdicts.items():
-        if isinstance(block, str):
-            continue
-        run = latest.get(_parent(name))
-        if run is None or not block.continues(run[-1]):
-            run = latest[_parent(name)] = []
-            runs.append(run)
-        run.append(block)
-    return runs
-
-
-def _longest(runs: Iterable[_Run]) -> list[_Run]:
-    """Of runs inside each other's blocks the longest, and of equally long ones the outermost: it stores the least."""
-    chosen: list[_Run] = []
-    for run in sorted(runs, key=lambda run: (-len(run), run[0].name.count("."))):
-        if not any(_is_within(a.name, b.name) or _is_within(b.name, a.name) for a in run for b in _all(chosen)):
-            chosen.append(run)
-    return chosen
-
-
-def _all(runs: list[_Run]) -> Iterable[_Block]:
-    return (block for run in runs for block in run)
-
-
-def _stage(name: str, run: _Run) -> FoundStage:
+def _stage(name: str, run: Run) -> FoundStage:
     carried = run[0].given.tensor
     after = dict.fromkeys(act for block in run for act in block.after)
     return FoundStage(
-        name, tuple(block.name for block in run), run[0].key, tuple(carried.shape), carried.dtype, tuple(after)
+        name,
+        tuple(block.name for block in run),
+        run[0].key,
+        tuple(carried.shape),
+        carried.dtype,
+        tuple(after),
+        sum(stored_by(run).values()),
     )
 
 
 def _left(
-    modules: dict[str, nn.Module], stages: tuple[FoundStage, ...], verdicts: dict[str, _Block | str]
+    modules: dict[str, nn.Module], stages: tuple[FoundStage, ...], verdicts: dict[str, Block | str]
 ) -> tuple[LeftBlock, ...]:
     """Modules that look like blocks and are in no stage: neither inside nor around one, nor inside one another.
 
@@ -246,17 +212,20 @@ def _left(
     or is used several times.
     """
     composite = {name: module for name, module in modules.items() if name and is_composite(module)}
-    kinds = {type(module) for name, module in composite.items() if isinstance(verdicts.get(name), _Block)}
-    siblings = Counter((_parent(name), type(module)) for name, module in composite.items())
+    kinds = {type(module) for name, module in composite.items() if isinstance(verdicts.get(name), Block)}
+    siblings = Counter((parent_of(name), type(module)) for name, module in composite.items())
     taken = [name for stage in stages for name in stage.blocks]
-    beside = set(map(_parent, taken))
+    beside = set(map(parent_of, taken))
     left: list[LeftBlock] = []
     for name, module in composite.items():
-        verdict, parent = verdicts.get(name, UNCALLED), _parent(name)
+        verdict, parent = verdicts.get(name, UNCALLED), parent_of(name)
         told = type(module) in kinds or siblings[parent, type(module)] > 1 or parent in beside or verdict == SHARED
         nested = [*taken, *(block.name for block in left)]
-        if told and not any(_is_within(name, other) or _is_within(other, name) for other in nested):
+        if told and not any(is_within(name, other) or is_within(other, name) for other in nested):
             left.append(LeftBlock(name, verdict if isinstance(verdict, str) else ONE_BLOCK))
+    if not left and not stages:  # nothing looks like a block: say it of the parts of the model
+        parts = [name for name, module in modules.items() if name and "." not in name and has_parameters(module)]
+        left = [LeftBlock(n, why) for n in parts if isinstance(why := verdicts.get(n, UNCALLED), str)]
     return tuple(left)
 
 

@@ -27,6 +27,10 @@ from reversa.errors import ConversionError
 Key = int | str
 
 
+class NotCopied(ConversionError):
+    """The model cannot be copied: FSDP2 has sharded it, or it holds what cannot be."""
+
+
 @dataclass(frozen=True, eq=False)
 class Seen:
     """A tensor as it was at one moment: a change in place gives it another version, and another edge."""
@@ -59,6 +63,8 @@ class Call:
     output: Seen | None = None
     writes: set[Key] = field(default_factory=set[Key])
     """Arguments that were changed in place while the module ran."""
+    stored: dict[int, int] = field(default_factory=dict[int, int])
+    """What autograd stored for the backward pass while the module ran: bytes, by the address of the storage."""
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Call]:
@@ -80,8 +86,9 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         try:
             with FakeCopyMode(fake):
                 twin = copy.deepcopy(model)
+            _show_blocks(twin)
         except Exception as error:
-            raise ConversionError(_message("could not be copied (copy.deepcopy)", model, error)) from error
+            raise NotCopied(_message("could not be copied (copy.deepcopy)", model, error)) from error
         try:
             with fake, _watched(twin, calls):
                 args, kwargs = tree_map_only(Tensor, lambda t: _with_graph(fake.from_tensor(t)), (args, dict(kwargs)))
@@ -91,6 +98,14 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         except Exception as error:
             raise ConversionError(_message("could not be run on these inputs", model, error)) from error
     return calls
+
+
+def _show_blocks(model: nn.Module) -> None:
+    """Switch off what hides blocks from a recorded pass: reentrant checkpoints, and layers left out at random."""
+    for module in model.modules():
+        for name in ("gradient_checkpointing", "layerdrop"):
+            if getattr(module, name, None):
+                setattr(module, name, type(getattr(module, name))(0))
 
 
 def _with_graph(tensor: Tensor) -> Tensor:
@@ -103,6 +118,8 @@ def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
     """Hooks on every module that fill the list; taken off at the end, lest they keep the model in a cycle."""
     names = {module: name for name, module in model.named_modules()}
     running: list[Call] = []
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    alive: list[Tensor] = []  # an address is used again where a tensor dies
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
@@ -115,7 +132,15 @@ def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
         call.output = Seen.of(carried) if isinstance(carried, Tensor) else None
         call.writes = {key for key, seen in call.inputs.items() if seen.changed}
 
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.layout is torch.strided and (storage := tensor.untyped_storage())._cdata not in own:
+            alive.append(tensor)
+            for call in running:
+                call.stored[storage._cdata] = storage.nbytes()
+        return tensor
+
     with ExitStack() as hooks:
+        hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         for module in names:
             module._forward_hooks.clear()  # the user's: what they reach is not a copy
             module._forward_pre_hooks.clear()
@@ -148,5 +173,6 @@ def _message(what: str, model: nn.Module, error: Exception) -> str:
         f"Finding the stages needs one forward pass of a copy of {type(model).__name__} on fake tensors (shapes "
         f"without numbers), and the model {what}: {type(error).__name__}: {first_line}\n"
         "Pass example= with arguments that the model accepts. A forward that depends on the numbers in a tensor "
-        "(.item(), if x.sum() > 0) cannot be followed: name the stages with stages=[...] or move that out of the model."
+        "(.item(), if x.sum() > 0) cannot be followed: move that out of the model. Where it only draws random numbers "
+        "in training, convert in evaluation mode: convert(model.eval()).train()."
     )

@@ -4,17 +4,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reversa.words import aligned, in_bytes
+
+NO_STAGE = (
+    "A stage is a run of at least two blocks in which each one's output is the next one's input, of one shape and data "
+    "type, with parameters and a residual addition."
+)
+
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage: its name, its blocks, the carried tensor's shape (batch first), and what training keeps of it."""
+    """One stage of a model.
+
+    Attributes:
+        name: of the stage.
+        blocks: paths of its blocks.
+        kind: the first block's class.
+        shape: of the carried tensor in the pass that the stages were found with, batch first; None without one.
+        kept: what training keeps for the backward pass, in words.
+        stored_bytes: what ordinary backpropagation stores in the blocks, in that pass; None without one.
+        kept_bytes: what a chain keeps instead: of an unconverted model, one that :func:`reversa.convert` makes by
+            default.
+        notes: what else changes.
+    """
 
     name: str
     blocks: tuple[str, ...]
     kind: str
     shape: tuple[int, ...] | None
     kept: str
-    note: str = ""
+    stored_bytes: int | None = None
+    kept_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def saved_bytes(self) -> int | None:
+        """Bytes that conversion saves after the forward pass."""
+        if self.stored_bytes is None or self.kept_bytes is None:
+            return None
+        return self.stored_bytes - self.kept_bytes
 
 
 @dataclass(frozen=True)
@@ -33,18 +61,39 @@ class Explanation:
     stages: tuple[StageReport, ...]
     left: tuple[tuple[str, str], ...]
 
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that conversion saves after the forward pass, in the stages of which that is known."""
+        return sum(stage.saved_bytes or 0 for stage in self.stages)
+
     def __str__(self) -> str:
         blocks = sum(len(stage.blocks) for stage in self.stages)
         stages = f"{len(self.stages)} stage{'s' * (len(self.stages) != 1)}"
         head = f"{blocks} blocks in {stages} {'are' if self.converted else 'could be made'} reversible"
-        rows = [("stage", "blocks", "of", "shape", "kept for the backward pass")]
-        rows += [(s.name, _span(s), s.kind, _shape(s.shape), s.kept) for s in self.stages]
-        lines = [f"{head}: {self.rule}" if self.rule else head, "", *_table(rows)]
-        for note in dict.fromkeys(s.note for s in self.stages if s.note):
-            lines += ["", f"{', '.join(s.name for s in self.stages if s.note == note)}: {note}"]
+        rows = [("stage", "blocks", "of", "shape", "stored", "as a chain", "kept for the backward pass")]
+        rows += [
+            (s.name, _span(s), s.kind, _shape(s.shape), _size(s.stored_bytes), _size(s.kept_bytes), s.kept)
+            for s in self.stages
+        ]
+        lines = [f"{head}: {self.rule}" if self.rule else head, ""]
+        lines += [*_indented(rows), *self._saved()] if self.stages else [NO_STAGE]
+        for note in dict.fromkeys(note for s in self.stages for note in s.notes):
+            lines += ["", f"{', '.join(s.name for s in self.stages if note in s.notes)}: {note}"]
         if self.left:
-            lines += ["", "left as they are:", *_table([(name, reason) for name, reason in self.left])]
+            lines += ["", "left as they are:", *_indented([(name, reason) for name, reason in self.left])]
         return "\n".join(lines)
+
+    def _saved(self) -> list[str]:
+        known = [stage for stage in self.stages if stage.saved_bytes is not None]
+        if not known:
+            return []
+        stored, batch = sum(stage.stored_bytes or 0 for stage in known), (known[0].shape or (0,))[0]
+        verb = "saves" if self.converted else "would save"
+        return [
+            "",
+            f"Held after a forward pass with a batch of {batch}: {in_bytes(stored)} in these blocks as they are, "
+            f"{in_bytes(stored - self.saved_bytes)} as chains; conversion {verb} {in_bytes(self.saved_bytes)}.",
+        ]
 
 
 def _span(stage: StageReport) -> str:
@@ -56,8 +105,9 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "seen at the first call" if shape is None else " x ".join(map(str, shape[1:]))
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+def _size(count: int | None) -> str:
+    return "" if count is None else in_bytes(count)
+
+
+def _indented(rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"  {line}" for line in aligned(rows, left=True)]

@@ -8,6 +8,7 @@ one for each running call of the container whose forward holds the loop, so that
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reversa.engine import Engine, Steps
-from reversa.errors import StateChanged
-from reversa.exact import Arithmetic, run_in, run_with
+from reversa.engine import Engine, Offload, Steps, Store
+from reversa.errors import ConversionWarning, StateChanged
+from reversa.exact import Exact, run_in, run_with
 from reversa.schemes import Scheme, State
 
 Between = Literal["error", "carry"]
@@ -34,11 +35,18 @@ class Stage:
     scheme: Scheme
     engine: Engine
     length: int
-    exact: bool | Arithmetic = False
+    exact: Exact = None
     between: Between = "error"
     shape: tuple[int, ...] | None = None
     after: tuple[str, ...] = ()
+    stored: int | None = None
     _loose: dict[int, list[Link]] = field(default_factory=dict, repr=False)
+    _told: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def stores(self) -> bool:
+        """Whether each block is evaluated once, and never again in the backward pass."""
+        return isinstance(self.engine, (Store, Offload))
 
     def runs(self, dtype: torch.dtype) -> Scheme:
         """The scheme in the arithmetic that it runs in with states of that type."""
@@ -51,6 +59,19 @@ class Stage:
     def begin(self, scheme: Scheme) -> Steps:
         """A new chain."""
         return self.engine.begin(scheme, self.length)
+
+    def afresh(self, steps: Steps, number: int) -> Steps:
+        """A new chain behind one that ends here; its first step has that number."""
+        steps.end()
+        new = self.begin(steps.scheme)
+        new.taken = number
+        return new
+
+    def tell(self, message: str) -> None:
+        """Warn, once."""
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, ConversionWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loose": {}}  # links belong to running calls, not to copies
@@ -133,11 +154,9 @@ def continued(place: Place, x: Tensor) -> Iterator[Link | None]:
     link = next((link for link in links if link.index < place.index and link.holds(x)), None)
     if link is None and links and links[-1].index < place.index and stage.between == "carry":
         link = links[-1]
-        link.steps.end()
         (link.head, *hidden), number = link.steps.scheme.resumed(x, (x, *link.hidden), link.steps.taken)
         link.hidden = tuple(hidden)
-        link.steps = stage.begin(link.steps.scheme)
-        link.steps.taken = number
+        link.steps = stage.afresh(link.steps, number)
     if link is None and place.index > 0 and (inside is None or stage in inside):
         _refuse(place, links)  # in a container's call where no block ran, those before it were skipped (LayerDrop)
     if link is not None:

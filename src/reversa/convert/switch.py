@@ -6,37 +6,19 @@ block's input and output once, and FSDP2's gathering of parameters happens outsi
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from reversa.convert.find import why_no_block, why_no_residual
-from reversa.convert.stage import Place, continued, leave_link, scope
+from reversa.convert.marks import ORIGINAL, PLACE, is_switched, place_of
+from reversa.convert.stage import Place, scope
+from reversa.convert.step import step, step_outside_dynamo
 from reversa.engine import _torch
-from reversa.engine.steps import first_tensor, is_recording, with_value
-from reversa.errors import BlockError, ConversionError
-from reversa.exact import ExactScheme
-from reversa.schemes import State
-
-PLACE = "_reversa"
-_ORIGINAL = "_reversa_original"
-
-Forward = Callable[..., Any]
-
-
-def is_switched(module: nn.Module) -> bool:
-    """Whether the module's class is one of ours."""
-    return _ORIGINAL in vars(type(module))
-
-
-def place_of(module: nn.Module) -> Place | None:
-    """Where a converted block stands; None for every other module."""
-    return module.__dict__.get(PLACE)
+from reversa.errors import ConversionError
 
 
 def refuse_unswitchable(module: nn.Module, name: str) -> None:
@@ -69,11 +51,38 @@ def switch_container(module: nn.Module, holds_loop: bool) -> None:
         module.__class__ = _switched(type(module), _container_members if holds_loop else _owner_members)
 
 
-def switch_back(module: nn.Module) -> None:
-    """Undo :func:`switch_block` and :func:`switch_container`."""
-    if is_switched(module):
-        module.__class__ = vars(type(module))[_ORIGINAL]
-        module.__dict__.pop(PLACE, None)
+def switch(model: nn.Module, places: Iterable[Sequence[Place]]) -> None:
+    """Switch the blocks that have these places, stage by stage, and the modules whose calls hold the loops over them.
+
+    Raises:
+        ConversionError: one of the blocks cannot be switched; none is, then.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    places = [list(run) for run in places]
+    for place in (place for run in places for place in run):
+        refuse_unswitchable(modules[place.name], place.name)
+    for place in (place for run in places for place in run):
+        switch_block(modules[place.name], place)
+    containers = [_containers(modules, run[0].name) for run in places]
+    for inner, *_ in containers:
+        switch_container(inner, holds_loop=True)
+    for owner in (owner for _, *owners in containers for owner in owners):
+        switch_container(owner, holds_loop=False)
+
+
+def _containers(modules: dict[str, nn.Module], block: str) -> list[nn.Module]:
+    """Whose calls can contain the loop over the blocks: every Sequential above, and the first other module."""
+    containers: list[nn.Module] = []
+    name = block
+    while name:
+        name = name.rpartition(".")[0]
+        module = modules[name]
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        containers.append(module)
+        if not isinstance(module, nn.Sequential):
+            break
+    return containers
 
 
 Members = Callable[[type[nn.Module]], dict[str, Any]]
@@ -94,7 +103,7 @@ def _switched(original: type[nn.Module], members: Members) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": reduce_ex,
-        _ORIGINAL: original,
+        ORIGINAL: original,
     }
     metaclass = cast(Callable[..., type[nn.Module]], type(original))
     switched = metaclass(original.__name__, (original,), names)
@@ -143,8 +152,8 @@ def _block_members(original: type[nn.Module]) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if PLACE not in self.__dict__:
             return original.forward(self, *args, **kwargs)
-        step = _step_outside_dynamo if torch.compiler.is_dynamo_compiling() else _step
-        return step(self, original, args, kwargs)
+        take = step_outside_dynamo if torch.compiler.is_dynamo_compiling() else step
+        return take(self, original, args, kwargs)
 
     def extra_repr(self: nn.Module) -> str:
         place = place_of(self)
@@ -156,97 +165,3 @@ def _block_members(original: type[nn.Module]) -> dict[str, Any]:
         self.__dict__[PLACE].compiled = options
 
     return {"forward": forward, "extra_repr": extra_repr, "compile": compile}
-
-
-class _Residual:
-    """``f(x) = block(x) - x``, with the carried tensor at its place among the block's arguments."""
-
-    __slots__ = ("block", "call", "key")
-
-    def __init__(self, block: nn.Module, call: Forward, key: int | str) -> None:
-        self.block = block
-        self.call = call
-        self.key = key
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.key, str):
-            output = self.call(self.block, *args, **kwargs, **{self.key: x})
-        else:
-            output = self.call(self.block, *args[: self.key], x, *args[self.key :], **kwargs)
-        y = first_tensor(output)
-        if not isinstance(y, Tensor) or (not y.is_nested and y.shape != x.shape):
-            return output  # which the step refuses, with its own message
-        return with_value(output, y - x)
-
-
-@functools.cache
-def _compiled(original: type[nn.Module], options: tuple[tuple[str, Any], ...]) -> Forward:
-    return torch.compile(original.forward, **dict(options))
-
-
-def _take_carried(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Any, Any, int | str]:
-    """The carried tensor, the other arguments, and where it stood."""
-    place: Place = block.__dict__[PLACE]
-    key: int | str = place.key
-    if isinstance(key, int) and key < len(args):
-        x, args = args[key], (*args[:key], *args[key + 1 :])
-    else:
-        if key not in kwargs:
-            key = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), "")
-        x, kwargs = kwargs.get(key), {k: v for k, v in kwargs.items() if k != key}
-    if not isinstance(x, Tensor):
-        raise BlockError(
-            f"{place.name} (block {place.index} of stage {place.stage.name!r}) needs the carried tensor as argument "
-            f"{place.key!r}, got {type(x).__name__}. Convert after tracing or feature extraction, not before."
-        )
-    return x, args, kwargs, key
-
-
-def _verify_guess(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, x: Tensor) -> None:
-    """After the first call of a block that was found by structure alone: is it a residual block?
-
-    Its own graph tells; without one (no gradients, compiled code), a pass of a copy on fake tensors does. Where
-    neither can, the next call is looked at.
-    """
-    place: Place = block.__dict__[PLACE]
-    residual = first_tensor(output)
-    if x.requires_grad and residual.requires_grad and place.compiled is None:
-        reason = why_no_residual(residual, x)
-    else:
-        plain = copy.copy(block)  # another thread may be using the block itself
-        switch_back(plain)
-        try:
-            reason = why_no_block(plain, place.key, args, kwargs)
-        except ConversionError:
-            return
-    if reason is not None:
-        raise ConversionError(
-            f"{place.name} was taken for a residual block because it stands in a run of modules of one class, but its "
-            f"first call shows: {reason}. Call reversa.restore(model), and convert with stages=[...] or example=."
-        )
-    place.guessed = False
-
-
-def _step(block: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One step of the stage's chain, within the model's own loop."""
-    place: Place = block.__dict__[PLACE]
-    stage = place.stage
-    x, others, named, key = _take_carried(block, args, kwargs)
-    call = original.forward if place.compiled is None else _compiled(original, tuple(sorted(place.compiled.items())))
-    with continued(place, x) as link:
-        scheme = stage.scheme_for(x, block.training) if link is None else link.steps.scheme
-        if isinstance(scheme, ExactScheme):
-            scheme.way_back = stage.engine.inverts and is_recording()
-        state: State = scheme.open(x) if link is None else (x if link.head is None else link.head, *link.hidden)
-        given = state[0]  # what the block sees: in exact arithmetic x in integers
-        steps = stage.begin(scheme) if link is None else link.steps
-        state, output = steps.step(_Residual(block, call, key), state, others, named, module=block)
-    if place.guessed:
-        _verify_guess(block, args, kwargs, output, given)
-    leave_link(place, state, steps)
-    return with_value(output, scheme.close(state))
-
-
-_step_outside_dynamo = _torch.outside_dynamo(_step)

@@ -21,7 +21,7 @@ from reversa.engine import _torch
 from reversa.engine.conditions import RandomState, random_state, same_random_state
 from reversa.engine.determinism import deterministic
 from reversa.engine.extras import Extras
-from reversa.engine.finite import all_finite, is_finite, refuse_not_finite, total
+from reversa.engine.finite import Totals, all_finite, is_finite, refuse_not_finite, total
 from reversa.engine.kept import Cursor, KeptState
 from reversa.engine.replay import (
     CHANGED_OUTPUT,
@@ -74,7 +74,7 @@ class Chain:
         self._saved: Saved = []  # of all steps, one behind the other ...
         self._starts: list[int] = [0]  # ... and where each step's part begins
         self._random: list[RandomState] = []  # before each of the latest steps, until _settle_random()
-        self._sums: list[Tensor] = []  # of each step's value: not finite where the value is not
+        self._totals = Totals()  # of each step's value: not finite where the value is not
         self._entry = KeptState.of(state) if group > 1 else None  # in their place
         self._latest: KeptState | None = None  # the last state, with versions; until end()
         self._held: list[_torch.SavedTensor] | None = None  # the last state in autograd's keeping; from end()
@@ -121,7 +121,7 @@ class Chain:
         if random is not None:
             self._random.append(random)
         if self._entry is None:
-            self._sums.append(total(value))
+            self._totals.add(value)
         return after, output
 
     def reach(self, state: State) -> None:
@@ -285,7 +285,7 @@ class Chain:
     def _first_not_finite(self) -> int | None:
         """The step whose value was the first that was not finite; None where the reason is another one."""
         if self._entry is None:
-            return next((step for step, sum_ in enumerate(self._sums) if not is_finite(sum_)), None)
+            return self._totals.first_not_finite()
         if not (self._entry.unchanged and all_finite(self._entry.streams)):
             return None
         cursor = Cursor(-1, 0, self._entry.streams)

@@ -108,14 +108,23 @@ class Invert(Engine):
         return -(-inverted // -(-inverted // wanted))
 
     def kept_states(self, scheme: Scheme, length: int, dtype: torch.dtype) -> str:
-        inverted = max(0, length - self.keep)
-        interval = self.interval(scheme, length, dtype, dtype)
-        states = min(1, inverted) if interval is None else -(-inverted // interval)
-        words = scheme.spilled_bytes(inverted)
+        inverted, interval = max(0, length - self.keep), self.interval(scheme, length, dtype, dtype)
+        states, words = _states(inverted, interval), scheme.spilled_bytes(inverted)
         spilled = f" and {words} byte{'s' * (words != 1)} of spilled bits for each of its elements" if words else ""
         every = "" if interval is None else " (one every step)" if interval == 1 else f" (one every {interval} steps)"
         stored = f" and the activations of {min(self.keep, length)} steps" if self.keep else ""
         return f"{states} state{'s' * (states != 1)}{every}{spilled}{stored}"
+
+    def kept_bytes(self, scheme: Scheme, length: int, dtype: torch.dtype, elements: int, stored: int) -> int:
+        inverted = max(0, length - self.keep)
+        states = _states(inverted, self.interval(scheme, length, dtype, dtype))
+        of_states = states * scheme.num_streams * scheme.element_bytes(dtype) + scheme.spilled_bytes(inverted)
+        return elements * of_states + stored * (length - inverted) // length
+
+
+def _states(inverted: int, interval: int | None) -> int:
+    """How many states are kept: one every so many steps, or the last."""
+    return min(1, inverted) if interval is None else -(-inverted // interval)
 
 
 class _InvertSteps(Steps):

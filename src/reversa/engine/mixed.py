@@ -88,6 +88,11 @@ class Mixed(Engine):
     def kept_states(self, scheme: Scheme, length: int, dtype: torch.dtype) -> str:
         return "; ".join(engine.kept_states(scheme, count, dtype) for engine, count in self.parts)
 
+    def kept_bytes(self, scheme: Scheme, length: int, dtype: torch.dtype, elements: int, stored: int) -> int:
+        return sum(
+            engine.kept_bytes(scheme, count, dtype, elements, stored * count // length) for engine, count in self.parts
+        )
+
     def _check(self, length: int | None) -> None:
         if length is not None and length != self.length:
             raise SettingError(

@@ -66,6 +66,18 @@ class Engine(ABC):
         """In words: what a chain of that length keeps for the backward pass."""
         return f"the activations of {length} steps"
 
+    def kept_bytes(self, scheme: Scheme, length: int, dtype: torch.dtype, elements: int, stored: int) -> int:
+        """The same in bytes of the device.
+
+        Args:
+            scheme: the update rule.
+            length: number of steps.
+            dtype: the state's data type.
+            elements: of one stream.
+            stored: bytes of the activations of all steps.
+        """
+        return stored
+
 
 @dataclass(frozen=True, repr=False)
 class Store(Engine):
@@ -97,6 +109,9 @@ class Offload(Engine):
 
     def kept_states(self, scheme: Scheme, length: int, dtype: torch.dtype) -> str:
         return f"the activations of {length} steps, in the host's memory"
+
+    def kept_bytes(self, scheme: Scheme, length: int, dtype: torch.dtype, elements: int, stored: int) -> int:
+        return 0
 
 
 class _OffloadSteps(Steps):
@@ -160,6 +175,10 @@ class Recompute(Engine):
 
     def kept_states(self, scheme: Scheme, length: int, dtype: torch.dtype) -> str:
         return f"{-(-length // self.every)} {'arguments of f' if self.every == 1 else 'states'}"
+
+    def kept_bytes(self, scheme: Scheme, length: int, dtype: torch.dtype, elements: int, stored: int) -> int:
+        streams = 1 if self.every == 1 else scheme.num_streams
+        return -(-length // self.every) * streams * elements * scheme.element_bytes(dtype)
 
 
 class _RecomputeSteps(Steps):

@@ -143,6 +143,7 @@ class Watch:
 
     def _put_back(self, undo: list[Callable[[], Any]], where: object) -> None:
         """Undo an exchange of parameters since the forward pass, such as the end of a ``functional_call``."""
+        self._gather(undo)
         for (owner, name), tensor in zip(self._places(), self.held, strict=True):
             now = owner.get(name)
             if now is tensor or (tensor is not None and _is_sharded(tensor)):
@@ -150,10 +151,21 @@ class Watch:
             if now is not None and _is_sharded(now):
                 raise ReplayError(
                     f"{where}: its parameters are sharded again, so it cannot be evaluated. A backward pass that "
-                    "skips blocks walks through them outside FSDP's hooks: use "
+                    "skips blocks walks through them outside FSDP's hooks: shard each block by itself, or use "
                     "fully_shard(..., reshard_after_forward=False)."
                 )
             _exchange(owner, name, tensor, undo)
+
+    def _gather(self, undo: list[Callable[[], Any]]) -> None:
+        """Unshard what FSDP2 sharded again: a backward pass that skips steps walks through them outside its hooks."""
+        exchanged = zip(self._places(), self.held, strict=True)
+        gone = {id(now) for (owner, name), tensor in exchanged if (now := owner.get(name)) is not tensor}
+        for m in self.modules:
+            sharded = (p for p in m.parameters() if id(p) in gone and _is_sharded(p)) if hasattr(m, "unshard") else ()
+            if any(True for _ in sharded):
+                fsdp: Any = m
+                fsdp.unshard()
+                undo.append(fsdp.reshard)
 
     def _name(self, i: int) -> str:
         owner, name = self._places()[i]

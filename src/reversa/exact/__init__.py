@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reversa.errors import SettingError
 from reversa.exact._torch import maps_or_pushes_forward
@@ -16,9 +16,22 @@ from reversa.exact.registers import IntegratingFactors
 from reversa.schemes import Momentum, Scheme
 from reversa.schemes.registers import Registers
 
-__all__ = ["Arithmetic", "ExactScheme", "FixedPoint", "Ratio", "check_exact", "exact_scheme", "run_in", "run_with"]
+__all__ = [
+    "Arithmetic",
+    "Exact",
+    "ExactScheme",
+    "FixedPoint",
+    "Ratio",
+    "check_exact",
+    "dtype_of",
+    "exact_scheme",
+    "run_in",
+    "run_with",
+]
 
 Arithmetic = FixedPoint | Ratio
+Exact = bool | Arithmetic | None
+"""Whether a chain is exact, in which arithmetic; None: only where its states have 16 bits, whose rounding drifts."""
 
 
 def exact_scheme(scheme: Scheme, arithmetic: Arithmetic) -> ExactScheme:
@@ -45,13 +58,13 @@ def default_arithmetic(dtype: torch.dtype, under: torch.dtype) -> FixedPoint:
     return FixedPoint(bits=32 if min(torch.finfo(dtype).bits, torch.finfo(under).bits) == 16 else 64)
 
 
-def check_exact(scheme: Scheme, exact: bool | Arithmetic) -> None:
+def check_exact(scheme: Scheme, exact: Exact) -> None:
     """Refuse a setting of ``exact`` that a scheme cannot run with.
 
     Raises:
         SettingError: it is no arithmetic, or the scheme has none of that kind.
     """
-    if not isinstance(exact, (bool, FixedPoint, Ratio)):
+    if exact is not None and not isinstance(exact, (bool, FixedPoint, Ratio)):
         raise SettingError(
             f"exact must be True, False, or an arithmetic, such as FixedPoint(bits=32) or Ratio(9, 10); got {exact!r}"
         )
@@ -59,20 +72,24 @@ def check_exact(scheme: Scheme, exact: bool | Arithmetic) -> None:
         exact_scheme(scheme, FixedPoint() if exact is True else exact)
 
 
-def run_in(scheme: Scheme, exact: bool | Arithmetic, dtype: torch.dtype, under: torch.dtype) -> Scheme:
+def run_in(scheme: Scheme, exact: Exact, dtype: torch.dtype, under: torch.dtype) -> Scheme:
     """The scheme in the arithmetic that is asked for; True chooses by the types of the state and of the functions."""
+    if exact is None:
+        exact = dtype.itemsize == 2 and _has_integers(scheme)
     if exact is False:
         return scheme
     return exact_scheme(scheme, default_arithmetic(dtype, under) if exact is True else exact)
 
 
-def run_with(scheme: Scheme, exact: bool | Arithmetic, x: Tensor) -> Scheme:
+def run_with(scheme: Scheme, exact: Exact, x: Tensor) -> Scheme:
     """The scheme in the arithmetic that it runs in with this input, now.
 
     Raises:
         SettingError: a transform is active that integers cannot go through.
     """
-    if exact is False:
+    if exact is None and (x.is_nested or maps_or_pushes_forward()):
+        return scheme  # nothing is computed back there
+    if exact is False or (exact is None and x.dtype.itemsize != 2):
         return scheme
     if maps_or_pushes_forward():
         raise SettingError(
@@ -84,3 +101,16 @@ def run_with(scheme: Scheme, exact: bool | Arithmetic, x: Tensor) -> Scheme:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return run_in(scheme, exact, x.dtype, torch.get_autocast_dtype(kind))
     return run_in(scheme, exact, x.dtype, x.dtype)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The type of a model's parameters, which is that of its states unless it is called with another."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _has_integers(scheme: Scheme) -> bool:
+    try:
+        exact_scheme(scheme, FixedPoint())
+    except SettingError:
+        return False
+    return True

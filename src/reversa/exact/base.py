@@ -66,6 +66,9 @@ class ExactScheme(Scheme):
         """None: what is computed back has the same bits."""
         return 0.0
 
+    def element_bytes(self, dtype: torch.dtype) -> int:
+        return self.dtype.itemsize
+
     def spilled_tensors(self, steps: int) -> int:
         """How many tensors the state has grown by after so many steps: each of one byte for every element, or as said
         there.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from reversa.errors import BudgetError, SettingError
-from reversa.memory.report import in_bytes
 from reversa.memory.settings import arguments, is_shape, with_tensors
+from reversa.words import in_bytes
 
 
 def largest(least: Callable[[int], int], budget: int, start: int = 1) -> int:

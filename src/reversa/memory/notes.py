@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reversa.check.trace import chains
+from reversa.check.trace import chains, is_exact
 from reversa.engine import Engine, Mixed, Offload
 from reversa.schemes import IResNet
 
@@ -68,7 +68,7 @@ def _notes(model: nn.Module, device: torch.device, measured: bool) -> Iterator[s
         yield DROPOUT
     if on_cpu and any(_offloads(holder.engine) for holder in holders):
         yield OFFLOAD
-    if on_cpu and any(holder.exact is not False for holder in holders):
+    if on_cpu and any(is_exact(holder, model) for holder in holders):
         yield MIXED
     if is_compiled(model):
         yield COMPILED

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from reversa.check.trace import chains
+from reversa.check.trace import chains, is_exact
 from reversa.convert.example import same_class_runs
 from reversa.memory.ledger import Ledger, Place
 from reversa.sequence import ReversibleSequence
@@ -38,14 +38,15 @@ def stages_of(model: nn.Module) -> list[Stage]:
     modules = dict(model.named_modules(remove_duplicate=False))
     paths = {module: path for path, module in modules.items()}
     for name, holder, places in chains(model):
-        rule = f"{holder.scheme}, {holder.engine}{'' if holder.exact is False else ', exact'}"
+        rule = f"{holder.scheme}, {holder.engine}{', exact' if is_exact(holder, model) else ''}"
         if isinstance(holder, ReversibleSequence):
             per_block, path = max(1, len(holder.functions) // len(holder.blocks)), paths[holder]
             prefix = f"{path}.blocks" if path else "blocks"
             blocks = tuple(f"{prefix}.{i}" for i in range(len(holder.blocks)))
             found.append(Stage(name, rule, blocks, path, per_block))
         else:
-            found.append(Stage(name, rule, tuple(places)))
+            per_block = holder.scheme.functions_per_block
+            found.append(Stage(name, rule, tuple(places[::per_block]), None, per_block))
     inside = {m for stage in found for block in stage.blocks for m in modules[block].modules()}
     for run in same_class_runs(model).stages:
         if not any(m in inside for block in run.blocks for m in modules[block].modules()):

@@ -19,12 +19,12 @@ from reversa.memory.fake import explained
 from reversa.memory.largest import batch_of, largest, with_batch
 from reversa.memory.notes import eagerly, notes_on
 from reversa.memory.planned import Plan, Way
-from reversa.memory.report import in_bytes
 from reversa.memory.search import Trials, best, ways_of
 from reversa.memory.settings import Loss, OptimizerLike, Settings, in_words
 from reversa.memory.solve import INVERT, OFFLOAD
 from reversa.memory.speed import Speed
 from reversa.memory.units import holders_of
+from reversa.words import in_bytes
 
 EXACT = "exact"
 ANY_SPEED = Speed(1e13, 1e14, 1e12, 1e10)

@@ -11,9 +11,9 @@ from torch import nn
 
 from reversa.engine import Engine
 from reversa.errors import SettingError
-from reversa.memory.report import aligned, in_bytes
 from reversa.memory.speed import Speed
 from reversa.memory.units import Unit, be_exact, holders_of, put_engines, units_of
+from reversa.words import aligned, in_bytes
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from reversa.words import aligned, in_bytes
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -213,31 +215,3 @@ class MemoryReport:
             f"{again if flops.recomputed else ''}"
         )
         return [work if self.seconds is None else f"{work}; {self.seconds * 1e3:.1f} ms a step (median)"]
-
-
-def in_bytes(count: float) -> str:
-    """Bytes in words, with a unit of two to the power of ten.
-
-    >>> in_bytes(0), in_bytes(1536), in_bytes(11.618 * 2**30)
-    ('0 B', '1.50 KiB', '11.62 GiB')
-    """
-    unit = "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024:
-            break
-        count, unit = count / 1024, larger
-    return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-
-
-def aligned(rows: list[tuple[str, ...]], last_left: bool = False) -> list[str]:
-    """Lines of a table: names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [
-            cell.ljust(width) if i == 0 or (last_left and i == len(row) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return [line(row) for row in rows]

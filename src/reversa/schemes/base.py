@@ -88,6 +88,10 @@ class Scheme(ABC):
         """How many bytes for each element the state has grown by after so many steps: none, but in exact arithmetic."""
         return 0
 
+    def element_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that a kept state takes for one element of one stream."""
+        return dtype.itemsize
+
     def told(self, state: State) -> State:
         """The part of a state in which two states are compared."""
         return state

@@ -93,6 +93,45 @@ class RevNet(Coupling):
 
 
 @dataclass(frozen=True)
+class Duplicated(Coupling):
+    r"""RevNet's step on two copies of the whole input, in the place of its halves: what conversion makes of RevNet.
+
+    .. math:: a_0 = b_0 = x, \qquad a' = a + A(b), \quad b' = b + M(a'), \qquad y = (a + b) / 2
+
+    Inverse: :math:`b = b' - M(a')`, then :math:`a = a' - A(b)`. State ``(a, b)``, both of x's shape. A block
+    ``(A, M)``, of a transformer the attention and the MLP, makes two steps. No bits are lost.
+
+    Where another tensor is put in the place of the output, the first stream goes on from it, and the second from where
+    it is.
+
+    Source: Mangalam, Fan, Li, Wu, Xiong, Feichtenhofer, Malik: Reversible Vision Transformers, CVPR 2022,
+    arXiv:2302.04869.
+
+    >>> import torch
+    >>> scheme = Duplicated()
+    >>> state = scheme.forward(scheme.open(torch.zeros(3)), torch.ones(3), step=0)
+    >>> scheme.close(state)
+    tensor([0.5000, 0.5000, 0.5000])
+    """
+
+    source: ClassVar[str] = "Mangalam et al., 2022, arXiv:2302.04869"
+    functions_per_block: ClassVar[int] = 2
+    first: ClassVar[int] = 0
+
+    def __repr__(self) -> str:
+        return "RevNet over duplicated streams (a' = a + A(b), b' = b + M(a'), y = (a + b) / 2)"
+
+    def open(self, x: Tensor) -> State:
+        return x, x
+
+    def close(self, state: State) -> Tensor:
+        return (state[0] + state[1]) / 2
+
+    def resumed(self, x: Tensor, state: State, step: int) -> tuple[State, int]:
+        return (x, state[1]), step
+
+
+@dataclass(frozen=True)
 class AdditiveCoupling(Coupling):
     r"""NICE's additive coupling layer: one function, and the halves change places from layer to layer.
 

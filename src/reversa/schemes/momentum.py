@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -62,6 +62,23 @@ class Momentum(Scheme):
     @property
     def amplification(self) -> float:
         return 1 / self.gamma
+
+    def at(self, progress: float, start: float = 0.01) -> Momentum:
+        """The scheme on a straight way from one near the plain residual network to this one.
+
+        Args:
+            progress: 0 for where it starts, 1 for this one.
+            start: gamma where it starts.
+
+        Raises:
+            SettingError: progress outside [0, 1].
+
+        >>> Momentum(0.9).at(0.0).gamma, round(Momentum(0.9).at(0.5).gamma, 3), Momentum(0.9).at(1.0).gamma
+        (0.01, 0.455, 0.9)
+        """
+        if not 0 <= progress <= 1:
+            raise SettingError(f"progress must lie in [0, 1], got {progress!r}")
+        return replace(self, gamma=self.gamma if progress == 1 else start + progress * (self.gamma - start))
 
     def modules(self) -> tuple[nn.Module, ...]:
         return (self.init,) if isinstance(self.init, nn.Module) else ()

@@ -1,4 +1,4 @@
-"""Dr2Net's way from a pretrained network to a reversible one, as a callback of Lightning. Import it late."""
+"""The way from a pretrained network to a reversible one, as a callback of Lightning. Import it late."""
 
 from __future__ import annotations
 
@@ -6,37 +6,29 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from reversa.errors import SettingError
-from reversa.schedule import set_scheme
-from reversa.schemes import Dr2Net
+from reversa.schedule import Annealing
 
 
-class Anneal(Callback):
-    r"""Takes every chain from the residual network to :class:`reversa.Dr2Net`, in equal parts over the first steps.
+class Anneal(Annealing, Callback):
+    r"""Takes chains from a network near the one that was pretrained to a reversible one: :class:`Annealing`.
 
-    .. math:: \alpha_t = 1 + p_t (\alpha - 1), \qquad \beta_t = p_t \beta, \qquad p_t = \min(1, t / \mathrm{steps})
-
-    Where a run is taken up again, the coefficients follow from its number of optimiser steps.
+    For Momentum :math:`\gamma_t = 0.01 + p_t (\gamma - 0.01)`, for Dr2Net :math:`\alpha_t = 1 + p_t (\alpha - 1)` and
+    :math:`\beta_t = p_t \beta`, with :math:`p_t = \min(1, t / \mathrm{steps})`.
 
     Args:
-        scheme: where it ends.
+        scheme: where it ends; or for each chain, by its name.
         steps: optimiser steps until then.
 
     Raises:
         SettingError: fewer than one step, or another kind of scheme; (in training) a model without such chains.
 
-    Source: Zhao et al., CVPR 2024, arXiv:2401.04105.
+    Source: Zhao et al., CVPR 2024, arXiv:2401.04105 (Dr2Net); Sander et al., ICML 2021, arXiv:2102.07870 (that a small
+    gamma is near the residual network).
 
     >>> from lightning.pytorch import Trainer
+    >>> from reversa import Dr2Net
     >>> trainer = Trainer(callbacks=[Anneal(Dr2Net(0.3, 0.7), steps=1000)], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, scheme: Dr2Net, steps: int) -> None:
-        if not isinstance(scheme, Dr2Net):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise SettingError(f"Anneal needs a Dr2Net, got {scheme!r}")
-        if steps < 1:
-            raise SettingError(f"Anneal needs at least 1 step, got {steps}")
-        self.scheme, self.steps = scheme, steps
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        set_scheme(pl_module, self.scheme.at(min(1.0, trainer.global_step / self.steps)))
+        self.apply(pl_module, trainer.global_step)

@@ -1,5 +1,5 @@
-"""Memory, drift and throughput of a training with ``transformers.Trainer``, every n steps. The package is not loaded
-before a callback is made.
+"""Callbacks of ``transformers.Trainer``: memory, drift and throughput every n steps; schemes that change. The package
+is not loaded before a callback is made.
 """
 
 from __future__ import annotations
@@ -17,12 +17,38 @@ from torch.optim import Optimizer
 from reversa.check.step import default_loss, tensors_of
 from reversa.errors import StateError, import_extra
 from reversa.memory import MemoryReport, estimate
+from reversa.schedule import Annealing
+from reversa.train.late import LateBase
 from reversa.train.monitor import Clock, Look, Monitor
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
 else:
     TrainerCallback = object
+
+
+class Anneal(LateBase, Annealing, TrainerCallback):
+    """Takes chains from a network near the one that was pretrained to a reversible one: as
+    :class:`reversa.train.anneal.Anneal`, which tells the formulas.
+
+    Args:
+        scheme: where it ends; or for each chain, by its name.
+        steps: optimiser steps until then.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        SettingError: fewer than one step, or another kind of scheme; (in training) a model without such chains.
+
+    >>> from reversa.train.huggingface import Anneal
+    >>> trainer = transformers.Trainer(  # doctest: +SKIP
+    ...     model, arguments, callbacks=[Anneal(reversa.Momentum(0.9), steps=500)]
+    ... )
+    """
+
+    base = "transformers", "TrainerCallback", "hf"
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.apply(given["model"], state.global_step)
 
 
 class MemoryMonitor(Monitor, TrainerCallback):

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ from torch.utils._pytree import tree_leaves
 from reversa.check.step import tensors_of
 from reversa.check.trace import NOTHING, Trace, chains, distance
 from reversa.engine import _torch
-from reversa.errors import SettingError, import_extra
+from reversa.errors import SettingError
 from reversa.memory import LiveBytes, MemoryReport, estimate
 from reversa.memory.live import storages
 from reversa.memory.measure import Allocator
 from reversa.memory.notes import is_compiled
 from reversa.schemes import Scheme, State
+from reversa.train.late import LateBase
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -131,18 +132,8 @@ class Look:
         return found
 
 
-class Monitor:
+class Monitor(LateBase):
     """What both callbacks do: every n-th step is looked at, the others are timed."""
-
-    base: ClassVar[tuple[str, str, str]]  # module, name, extra: imported when a callback is made
-
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        module, name, extra = cls.base
-        bases = cls, getattr(import_extra(module, extra), name)
-        return object.__new__(type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__}))
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a process that is spawned is sent its callbacks
-        return type(self).__new__, (type(self).__mro__[1],), vars(self)
 
     def __init__(self, every: int = 50) -> None:
         if not (isinstance(every, int) and every >= 1):  # pyright: ignore[reportUnnecessaryIsInstance]
