@@ -50,6 +50,7 @@ def main(steps: int = 20) -> list[float]:
         losses.append(loss.item() / processes)
     if rank == 0:
         print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps in {processes} processes")
+    dist.barrier()  # none leaves while another still talks
     dist.destroy_process_group()
     return losses
 

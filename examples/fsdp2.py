@@ -54,6 +54,7 @@ def main(steps: int = 20) -> list[float]:
         mine = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
         print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps in {processes} processes")
         print(f"{whole:,} parameters, {mine:,} of them in this process")
+    dist.barrier()  # none leaves while another still talks
     dist.destroy_process_group()
     return losses
 

@@ -161,3 +161,16 @@ def test_a_scheme_for_each_stage():
     assert [stage.name for stage in explain(one).stages] == ["layer2"]
     with pytest.raises(SettingError, match="layer1"):
         convert(small(), {"layr1": Momentum(0.5)})
+    wanted = {"*": Momentum(0.5), "layer2": Momentum(0.9)}
+    named = {stage.name: stage.rule for stage in explain(convert(small(), wanted)).stages}
+    assert "0.5" in named["layer1"], "a pattern for all others"
+    assert "0.9" in named["layer2"], "a name goes before it"
+    for bad, says in (
+        ({"scheme": {"layer2": Momentum(0.5)}, "stages": ["layer1"]}, "leave out stages="),
+        ({"scheme": {"layer*": Momentum(0.5), "*": Momentum(0.9)}}, "decides no stage"),
+        ({"scheme": {}}, "names no stage"),
+    ):
+        model = small()
+        with pytest.raises(SettingError, match=says):
+            convert(model, **bad)
+        assert not any("reversible" in repr(part) for part in model.children())

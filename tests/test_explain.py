@@ -10,9 +10,9 @@ import torchvision
 from torch import nn
 
 from convert_cases import Block, looped
-from reversa import Invert, Momentum, Offload, Recompute, Store
+from reversa import BDIA, Dr2Net, Invert, Momentum, Offload, Recompute, Store
 from reversa.convert import convert, explain, restore
-from reversa.errors import ConversionError
+from reversa.errors import ConversionError, SettingError
 from reversa.memory import LiveBytes
 
 
@@ -31,7 +31,8 @@ def test_of_a_model_that_is_not_converted(resnet50):
     ]  # fmt: skip
     text = str(report)
     assert text.startswith("12 blocks in 4 stages could be made reversible")
-    assert "all activations" in text, "what the plain model keeps"
+    assert "Momentum(gamma=0.9" in text.splitlines()[0], "what the bytes are told for"
+    assert "42.88 MiB" in text, "what the plain model keeps"
     assert [(name, type(m), sorted(vars(m))) for name, m in resnet50.named_modules()] == modules
     assert torch.equal(resnet50.bn1.running_mean, statistics)
 
@@ -145,14 +146,14 @@ def test_states_of_16_bits_are_held_in_integers(dtype):
     for engine in (Invert(), Store()):
         converted = convert(copy.deepcopy(model), Momentum(0.9), engine=engine)
         report = explain(converted)
-        assert "FixedPoint(bits=32)" in report.rule
+        assert "FixedPoint(bits=32, radix=16)" in report.rule
         assert any("states of 16 bits" in note for note in report.stages[0].notes)
         converted(x).float().square().mean().backward()
         gradients[repr(engine)] = torch.cat([p.grad.flatten() for p in converted.parameters()])
     assert torch.equal(*gradients.values())
     asked = explain(convert(model, Momentum(0.9), exact=False))
     assert "FixedPoint" not in asked.rule
-    assert not asked.stages[0].notes
+    assert not any("16 bits" in note for note in asked.stages[0].notes)
     assert "FixedPoint" not in explain(convert(looped())).rule, "wider states as ever"
 
 
@@ -206,7 +207,7 @@ def test_a_home_made_model():
     assert [s.blocks for s in after.stages] == [s.blocks for s in before.stages]
     assert after.left == before.left
     assert all(s.kept == "1 state" for s in after.stages)
-    assert all(not s.notes for s in after.stages), "a plain sum needs no remark"
+    assert all(not any("after its residual addition" in note for note in s.notes) for s in after.stages)
     assert explain(restore(model), example) == before
 
 
@@ -238,3 +239,39 @@ def test_a_model_with_nothing_to_convert():
     assert dict(report.left)["features"] == "changes the shape (3, 224, 224) -> (512, 7, 7)"
     with pytest.raises(ConversionError, match="Pass example="):
         explain(nn.Linear(2, 2))
+
+
+def test_what_changes_is_told_for_each_scheme():
+    example = torch.zeros(2, 6)
+
+    def told(scheme) -> str:
+        return str(explain(convert(TwoStages(), scheme, example=example)))
+
+    assert "the less the smaller gamma is" in told(Momentum(0.9))
+    assert "in eval() the function that is computed is the original" in told(BDIA())
+    assert "is the original, up to rounding" in told(Dr2Net(1, 0))
+    assert "Pretrained weights need fine-tuning" in told(Dr2Net(0.3, 0.7))
+    resnet = convert(torchvision.models.resnet18(), BDIA())
+    assert "after its residual addition" not in str(explain(resnet)), "BDIA's rule has it as the original has"
+
+
+def test_a_guess_is_told_until_it_is_verified():
+    model = convert(looped())
+    assert "found by structure alone" in str(explain(model))
+    assert explain(model).saved_bytes is None
+    model(torch.randn(4, 6).double()).sum().backward()
+    assert "found by structure alone" not in str(explain(model))
+
+
+def test_stages_with_schemes_of_their_own_have_a_column_for_it():
+    schemes = {"first": Momentum(0.5), "second": Momentum(0.9)}
+    text = str(explain(convert(TwoStages(), schemes, example=torch.zeros(2, 6))))
+    rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ")}
+    assert "gamma=0.5" in rows["first"]
+    assert "gamma=0.9" in rows["second"]
+
+
+@pytest.mark.parametrize("ask", [explain, restore])
+def test_what_is_no_module(ask):
+    with pytest.raises(SettingError, match=r"needs a torch.nn.Module, got int"):
+        ask(3)

@@ -106,7 +106,6 @@ def model_with(model: nn.Module, action: str) -> nn.Module:
 
 BRUTE = {
     "momentum": (lambda: around(chain(3)), (2048, 32), ("store", "recompute", "invert")),
-    "momentum, gamma 0.1": (lambda: chain(5, reversa.Momentum(0.1)), (2048, 32), ("recompute", "invert")),
     "revnet": (lambda: revnet(3), (16, 3, 32, 32), ("store", "recompute", "invert")),
     "exact": (lambda: chain(4, reversa.Momentum(0.5), exact=True), (2048, 32), ("store", "invert")),
     "as it is": (vit, (16, 3, 32, 32), ("store", "recompute")),

@@ -99,11 +99,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, ADAM])
 @pytest.mark.parametrize("case", MODELS)
-def test_the_solver_finds_the_best_of_all_choices_and_the_sums_are_what_steps_take(case, optimizer):
+def test_the_solver_finds_the_best_of_all_choices_and_the_sums_are_what_steps_take(case):
     policies = (STORE, RECOMPUTE, INVERT)
-    settings = Settings(MODELS[case](), (2048, 32), None, optimizer, None)
+    settings = Settings(MODELS[case](), (2048, 32), None, ADAM, None)
     draw = random.Random(case)
     with _prepared(settings):
         costs = Costs(settings, policies, SPEED)
@@ -111,7 +110,7 @@ def test_the_solver_finds_the_best_of_all_choices_and_the_sums_are_what_steps_ta
         every = {actions: simulated(costs.blocks, costs.rest, actions) for actions in itertools.product(*can)}
         assert len(every) >= 3**8
         update = costs.profiles[STORE].total - sum(costs.profiles[STORE].seconds)  # the optimizer's, in no sum
-        for actions in draw.sample(list(every), 12):
+        for actions in draw.sample(list(every), 8):
             trial, (peak, _) = costs.trial(actions), every[actions]
             assert max(peak, costs.update) == pytest.approx(trial.peak, rel=0.03), actions
             assert every[actions][1] + update == pytest.approx(trial.seconds, rel=0.01), actions

@@ -9,7 +9,8 @@ from torch import nn
 from reversa.check.trace import Holder, chains
 from reversa.errors import SettingError, nearest
 from reversa.exact import check_exact
-from reversa.schemes import Dr2Net, Momentum, Scheme
+from reversa.schemes import Dr2Net, Momentum, RevNet, Scheme
+from reversa.schemes.coupling import Duplicated
 
 Annealed = Dr2Net | Momentum
 
@@ -34,18 +35,36 @@ def set_scheme(model: nn.Module, scheme: Scheme | Mapping[str, Scheme]) -> None:
     >>> seq.scheme
     Dr2Net(alpha=0.3, beta=0.7)
     """
-    found = {name: holder for name, holder, _ in chains(model)}
+    found = [(name, holder) for name, holder, _ in chains(model)]
     if not found:
         raise SettingError(
             "the model has no reversible chain: give it a ReversibleSequence, or call reversa.convert first"
         )
-    wanted = dict(scheme) if isinstance(scheme, Mapping) else dict.fromkeys(found, scheme)
-    for name, new in wanted.items():
-        if name not in found:
-            raise SettingError(nearest(name, found, "chain"))
-        _check(found[name], new)
-    for name, new in wanted.items():
-        found[name].scheme = new
+    pairs = [(holder, scheme) for _, holder in found] if isinstance(scheme, Scheme) else _by_name(found, scheme)
+    pairs = [(holder, _like(holder, new)) for holder, new in pairs]
+    for holder, new in pairs:
+        _check(holder, new)
+    for holder, new in pairs:
+        holder.scheme = new
+
+
+def _by_name(found: list[tuple[str, Holder]], scheme: Mapping[str, Scheme]) -> list[tuple[Holder, Scheme]]:
+    if not isinstance(scheme, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SettingError(f"set_scheme needs a scheme, or a mapping from names of chains to schemes, got {scheme!r}")
+    names = [name for name, _ in found]
+    for name in scheme:
+        if name not in names:
+            raise SettingError(nearest(name, names, "chain"))
+        if names.count(name) > 1:
+            raise SettingError(
+                f"{names.count(name)} chains of the model are called {name!r}: call set_scheme on the part"
+            )
+    return [(holder, scheme[name]) for name, holder in found if name in scheme]
+
+
+def _like(holder: Holder, scheme: Scheme) -> Scheme:
+    """RevNet on two copies of the carried tensor, where conversion has put that in its place."""
+    return holder.scheme if isinstance(scheme, RevNet) and isinstance(holder.scheme, Duplicated) else scheme
 
 
 def _check(holder: Holder, scheme: Scheme) -> None:
@@ -67,8 +86,9 @@ class Annealing:
 
     .. math:: p_t = \min(1, t / \mathrm{steps})
 
-    The scheme of step t is ``scheme.at(p_t)``: :meth:`reversa.Momentum.at`, :meth:`reversa.Dr2Net.at`. Where a run is
-    taken up again, it follows from the number of optimiser steps.
+    The scheme of step t is ``scheme.at(p_t)``: :meth:`reversa.Momentum.at` (from gamma = 0.01, near which a float chain
+    keeps a state every two steps: use ``exact=True``), :meth:`reversa.Dr2Net.at` (from the original network). Where a
+    run is taken up again, it follows from the number of optimiser steps.
 
     Args:
         scheme: where it ends; or for each chain, by its name as in :func:`set_scheme`.
@@ -90,8 +110,8 @@ class Annealing:
         for each in scheme.values() if isinstance(scheme, Mapping) else [scheme]:
             if not isinstance(each, (Dr2Net, Momentum)):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise SettingError(f"annealing needs a Momentum or a Dr2Net, got {each!r}")
-        if steps < 1:
-            raise SettingError(f"annealing needs at least 1 step, got {steps}")
+        if not isinstance(steps, int) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SettingError(f"annealing needs a number of steps, at least 1, got {steps!r}")
         self.scheme, self.steps = scheme, steps
 
     def apply(self, model: nn.Module, step: int) -> None:

@@ -85,7 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("spec", metavar="SPEC", help=SPEC)
     parser.add_argument("--input", metavar="8x3x224x224", help="shape of the inputs (default: the network's own)")
-    parser.add_argument("--stages", metavar="layer2,layer3", help="convert these alone (default: all that are found)")
+    parser.add_argument(
+        "--stages",
+        metavar="layer2,layer3",
+        help="convert these alone, by name or pattern (default: all)",
+    )
     add_scheme_flags(parser)
     parser.add_argument("--json", action="store_true", help="print for a program")
     return parser

@@ -9,7 +9,16 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from reversa.convert.example import example_inputs
-from reversa.convert.explain import DEFAULT_ENGINE, DEFAULT_SCHEME, LEFT, explain, find, is_converted, stage_of
+from reversa.convert.explain import (
+    DEFAULT_ENGINE,
+    DEFAULT_SCHEME,
+    LEFT,
+    check_is_module,
+    explain,
+    find,
+    is_converted,
+    stage_of,
+)
 from reversa.convert.find import Findings, FoundStage
 from reversa.convert.marks import is_switched, place_of, switch_back
 from reversa.convert.report import NO_STAGE, Explanation
@@ -42,10 +51,13 @@ def convert(
 
     Args:
         model: a network with residual blocks.
-        scheme: the update rule; ``Momentum(0.9)`` if not given. ``RevNet()`` duplicates the carried tensor, and lets
-            the attention and the MLP of transformer blocks move a stream each. A mapping has a scheme for each stage,
-            by its name or a pattern of names, and the other stages are left: ``{"layer3": Momentum(0.9)}``.
+        scheme: the update rule; ``Momentum(0.9)`` if not given. ``RevNet()`` duplicates the carried tensor (its ``dim``
+            means nothing here), and lets the attention and the MLP of transformer blocks move a stream each. A mapping
+            has a scheme for each stage, by its name or a pattern of names, and leaves the other stages:
+            ``{"layer3": Momentum(0.9)}``.
         stages: ``"auto"``, or names of stages as :func:`explain` shows them, or patterns of names (``"layer[23]"``).
+            Without an example, stages that are guessed by structure are verified at their first call; those that are
+            named are taken on trust.
         exact: the backward pass computes back the very bits of the forward pass, whatever gamma is: True, or an
             arithmetic, :class:`reversa.exact.FixedPoint` or :class:`reversa.exact.Ratio`. If not given: True for
             states of 16 bits, which would drift soon, False for others.
@@ -68,32 +80,40 @@ def convert(
     >>> model(torch.randn(2, 3, 16)).sum().backward()
     """
     engine = DEFAULT_ENGINE if engine is None else engine
-    schemes = dict(scheme) if isinstance(scheme, Mapping) else {"*": DEFAULT_SCHEME if scheme is None else scheme}
-    schemes = {name: Duplicated() if isinstance(one, RevNet) else one for name, one in schemes.items()}
-    _check_settings(model, schemes.values(), engine, exact, between)
+    wanted = _twofold(DEFAULT_SCHEME if scheme is None else scheme)
+    _check_settings(model, wanted, engine, exact, between)
     findings = find(model, example)
-    chosen = _choose(findings, stages)
-    if isinstance(scheme, Mapping):
-        by_name = _choose(findings, list(schemes))
-        chosen = [found for found in chosen if found in by_name]
-    rules = {f.name: next(one for name, one in schemes.items() if fnmatch.fnmatch(f.name, name)) for f in chosen}
-    twofold = [found for found in chosen if isinstance(rules[found.name], Duplicated)]
-    branches, unfit = _branches(model, twofold, stages, example)
-    chosen = [found for found in chosen if found.name not in unfit]
+    rules = _rules(findings, wanted, stages)
+    chosen = [found for found in findings.stages if found.name in rules]
+    two_streams = [found for found in chosen if isinstance(rules[found.name], Duplicated)]
+    branches, unfit = _branches(model, two_streams, example, must_fit=stages != "auto" or isinstance(wanted, dict))
     places: list[list[Place]] = []
-    for found in chosen:
+    for found in (found for found in chosen if found.name not in unfit):
         stage = stage_of(found, rules[found.name], engine, exact, between)
-        guessed = found.shape is None and stages == "auto"
-        if found in twofold:
-            run = [Streams(stage, i, name, found.key, False, None, branches.get(name)) for i, name in found.numbered]
-        else:
-            run = [Place(stage, i, name, found.key, guessed) for i, name in found.numbered]
-        places.append(list(run))
+        run = [Place(stage, i, name, found.key, stage.guessed) for i, name in enumerate(found.blocks)]
+        if found in two_streams:
+            run = [Streams(**vars(place), branches=branches.get(place.name)) for place in run]
+        if stages != "auto":
+            _trust(run)
+        places.append(run)
     switch(model, places)
-    unasked = "not among the stages asked for"
-    unchosen = [(f.name, unfit.get(f.name, unasked)) for f in findings.stages if f not in chosen]
-    model.__dict__[LEFT] = (*unchosen, *((block.name, block.reason) for block in findings.left))
+    reasons = dict.fromkeys((f.name for f in findings.stages if f.name not in rules), "not among the stages asked for")
+    left = [(name, reason) for name, reason in (reasons | unfit).items()]
+    model.__dict__[LEFT] = (*left, *((block.name, block.reason) for block in findings.left))
     return model
+
+
+def _twofold(scheme: Scheme | Mapping[str, Scheme]) -> Scheme | dict[str, Scheme]:
+    """RevNet's steps on two copies of the carried tensor, in RevNet's place."""
+    if isinstance(scheme, Mapping):
+        return {name: Duplicated() if isinstance(one, RevNet) else one for name, one in scheme.items()}
+    return Duplicated() if isinstance(scheme, RevNet) else scheme
+
+
+def _trust(run: Iterable[Place]) -> None:
+    """Who names a stage says that its blocks are residual blocks."""
+    for place in run:
+        place.guessed = False
 
 
 def restore(model: Model) -> Model:
@@ -102,6 +122,7 @@ def restore(model: Model) -> Model:
     Raises:
         ConversionError: the model is not converted.
     """
+    check_is_module(model, "restore")
     if not is_converted(model):
         raise ConversionError(f"restore needs a converted model, got a {type(model).__name__} with no reversible stage")
     for name, module in model.named_modules():
@@ -116,10 +137,13 @@ def restore(model: Model) -> Model:
     return model
 
 
-def _check_settings(model: nn.Module, schemes: Iterable[Scheme], engine: Engine, exact: Exact, between: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise SettingError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
-    for scheme in schemes:
+def _check_settings(
+    model: nn.Module, wanted: Scheme | dict[str, Scheme], engine: Engine, exact: Exact, between: str
+) -> None:
+    check_is_module(model, "convert")
+    if wanted == {}:
+        raise SettingError("scheme names no stage: give one scheme, or a mapping from names of stages to schemes")
+    for scheme in wanted.values() if isinstance(wanted, dict) else [wanted]:
         _check_rule(scheme, engine, exact)
     if between not in ("error", "carry"):
         raise SettingError(f"between must be 'error' or 'carry', got {between!r}")
@@ -144,30 +168,46 @@ def _check_rule(scheme: Scheme, engine: Engine, exact: Exact) -> None:
         engine.begin(scheme, 1)  # refuses what cannot be made step by step
 
 
-def _choose(findings: Findings, stages: Literal["auto"] | Sequence[str]) -> list[FoundStage]:
+def _rules(
+    findings: Findings, wanted: Scheme | dict[str, Scheme], stages: Literal["auto"] | Sequence[str]
+) -> dict[str, Scheme]:
+    """The scheme of each stage that becomes reversible. Names go before patterns, and earlier ones before others."""
     if not findings.stages:
         reasons = "".join(f"\n  {block.name}: {block.reason}" for block in findings.left[:8])
         raise ConversionError(f"no convertible stage was found. {NO_STAGE}{reasons}")
-    if stages == "auto":
-        return list(findings.stages)
     names = [found.name for found in findings.stages]
+    if not isinstance(wanted, dict):
+        return dict.fromkeys(names if stages == "auto" else _named(names, stages), wanted)
+    if stages != "auto":
+        raise SettingError("a mapping of schemes names the stages itself: leave out stages=, or give one scheme")
+    rules: dict[str, Scheme] = {}
+    for pattern in sorted(wanted, key=lambda pattern: pattern not in names):
+        new = [name for name in _named(names, [pattern]) if name not in rules]
+        if not new:
+            raise SettingError(f"scheme {pattern!r} decides no stage: others before it have taken them all")
+        rules |= dict.fromkeys(new, wanted[pattern])
+    return rules
+
+
+def _named(names: list[str], stages: Sequence[str]) -> list[str]:
+    """The stages that are meant by names and patterns."""
     if isinstance(stages, str) or not stages:
         raise SettingError(f"stages must be 'auto' or a list of names from {names}, got {stages!r}")
     for name in stages:
         if not fnmatch.filter(names, name):
             raise SettingError(nearest(name, names, "stage"))
-    return [found for found in findings.stages if any(fnmatch.fnmatch(found.name, name) for name in stages)]
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in stages)]
 
 
 def _branches(
-    model: nn.Module, chosen: list[FoundStage], stages: Literal["auto"] | Sequence[str], example: Any
+    model: nn.Module, chosen: list[FoundStage], example: Any, must_fit: bool
 ) -> tuple[dict[str, Branches], dict[str, str]]:
     """Of stages under a scheme of two streams the branches of every block, and which of them have none, and why."""
     inputs = example_inputs(model, example) if chosen else None
     if inputs is None:  # blocks that were found by structure alone are looked at in their first call
         return {}, {}
     branches, unfit = two_branches(model, chosen, *inputs)
-    if len(unfit) == len(chosen) or (unfit and stages != "auto"):
+    if len(unfit) == len(chosen) or (unfit and must_fit):
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in unfit.items())
         raise ConversionError(
             "RevNet needs pre-norm transformer blocks, x + A(x) + M(x + A(x)), of which each function is made of "

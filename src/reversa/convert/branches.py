@@ -33,7 +33,8 @@ class Branch:
 
     def vanishes_with(self, zeros: set[Edge]) -> bool:
         """Whether what is added is zero where the tensors made at those places are."""
-        return all(_vanishes(end, zeros) for end in self.ends)
+        known: dict[Edge, bool] = dict.fromkeys(zeros, True)
+        return all(_vanishes(end, known) for end in self.ends)
 
 
 def branches_of(output: Edge, source: Edge) -> tuple[Branch, Branch] | str:
@@ -61,7 +62,10 @@ def branches_of(output: Edge, source: Edge) -> tuple[Branch, Branch] | str:
     if path[-1] != source:
         acts = after_addition(output, source)
         what = f" ({', '.join(acts)})" if acts else ""
-        return f"its input does not go through it by residual additions alone: something acts on a sum{what}"
+        return (
+            "its input does not go through it by residual additions alone: something acts on a sum"
+            f"{what}, scales it, or is added that is no function of it"
+        )
     if len(sums) < 2:
         number = "one residual addition" if sums else "no residual addition"
         return f"it has {number}, and so no second function for the second stream"
@@ -81,12 +85,24 @@ def _skip_path(output: Edge, source: Edge) -> tuple[list[Edge], list[Edge]]:
     while path[-1] != source:
         operands = _carried(path[-1])
         skip = next((operand for operand in operands if _leads(operand, source, _carried)), None)
-        if skip is None:
+        if skip is None or not _adds_functions(path[-1], skip, source):
             break
         if any(operand != skip and _leads(operand, source, _operands) for operand in operands):
             sums.append(path[-1])
         path.append(skip)
     return path, sums
+
+
+def _adds_functions(edge: Edge, skip: Edge, source: Edge) -> bool:
+    """Whether a place hands the carried tensor on with nothing but functions of it added: no sign, factor, constant."""
+    node, operands = edge[0], edge[0].next_functions
+    if not _ADDITION.match(node.name()):
+        return True
+    first = operands[0] == skip
+    if not first and (not node.name().startswith("Add") or getattr(node, "_saved_alpha", 1) != 1):
+        return False
+    others = [operand for operand in _operands(edge) if operand != skip]
+    return len(others) == len(operands) - 1 and all(_leads(other, source, _operands) for other in others)
 
 
 def _carried(edge: Edge) -> list[Edge]:
@@ -112,16 +128,25 @@ def _branch(sums: Iterable[Edge], path: list[Edge]) -> tuple[Branch, set[Edge]]:
     return Branch(ends, edges), met
 
 
-def _vanishes(edge: Edge, zeros: set[Edge]) -> bool:
-    if edge in zeros:
-        return True
+def _vanishes(edge: Edge, known: dict[Edge, bool]) -> bool:
+    """Whether what was made there is zero; what is known of other places is looked up, and added to."""
+    if edge not in known:
+        known[edge] = False  # a graph has no cycles: only to say that it is being looked at
+        known[edge] = _is_zero(edge, known)
+    return known[edge]
+
+
+def _is_zero(edge: Edge, known: dict[Edge, bool]) -> bool:
     name, operands = edge[0].name(), edge[0].next_functions
-    parts = [node is not None and _vanishes((node, number), zeros) for node, number in operands]
+
+    def zero(operand: Any) -> bool:
+        return operand[0] is not None and _vanishes(operand, known)
+
     if _SUM.match(name):
-        return len(parts) > 1 and all(parts)  # an operand without a gradient is none of the modules'
+        return len(operands) > 1 and all(map(zero, operands))  # one without a gradient is none of the modules'
     if _PRODUCT.match(name):
-        return any(parts)
-    return bool(parts) and parts[0] and _LINEAR.match(name) is not None
+        return any(map(zero, operands))
+    return bool(operands) and _LINEAR.match(name) is not None and zero(operands[0])
 
 
 def parameters_behind(tensor: Tensor) -> set[int]:

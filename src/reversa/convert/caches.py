@@ -12,6 +12,7 @@ from torch import nn
 
 from reversa.convert.stage import Stage
 from reversa.engine.steps import is_recording
+from reversa.errors import StateChanged
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -48,12 +49,26 @@ def without_caches(block: nn.Module, stage: Stage, args: Args, kwargs: Kwargs) -
     layer = _layer_of(block)
     if not block.training or any(_is_in_use(cache, layer) for cache in caches):
         return Arguments(args, kwargs, once=True)
+    for cache in caches:
+        _refuse_again(cache, block, stage)
     stage.tell(
         f"the key-value cache does not reach the blocks of stage {stage.name!r} in training, and stays empty: the "
         "backward pass evaluates them again, which would fill it twice. Pass use_cache=False (or set config.use_cache) "
         "to say that you want none; to decode with a cache, call model.eval() or use torch.no_grad()."
     )
     return Arguments(*stripped(args, kwargs), once=False)
+
+
+def _refuse_again(cache: Any, block: nn.Module, stage: Stage) -> None:
+    """Raise where a cache comes back that was left empty: who wrote the loop counts on what should be in it."""
+    given = stage.withheld_from(cache)
+    if id(block) in given:
+        raise StateChanged(
+            f"the key-value cache of a call before came back to stage {stage.name!r}, empty: in training the blocks "
+            "are given none, so this call would not see what the other was given. Make one call of the whole "
+            "sequence with use_cache=False, use model.eval(), or convert with engine=reversa.Store()."
+        )
+    given.add(id(block))
 
 
 def stripped(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from reversa.convert.record import NotCopied
 from reversa.convert.report import Explanation, StageReport
 from reversa.convert.stage import Between, Stage
 from reversa.engine import Engine, Invert
+from reversa.errors import SettingError
 from reversa.exact import Exact, ExactScheme, dtype_of
-from reversa.schemes import Momentum, Scheme
+from reversa.schemes import BDIA, Dr2Net, Momentum, Scheme
 from reversa.schemes.coupling import Duplicated
 
 DEFAULT_SCHEME, DEFAULT_ENGINE = Momentum(0.9), Invert()
@@ -51,22 +51,29 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
         model: the model; it is not changed.
         example: as in :func:`convert`; only needed for models that are not converted.
     """
-    if not is_converted(model):
+    check_is_module(model, "explain")
+    converted, stages, left = is_converted(model), dict[Stage, list[str]](), list[tuple[str, str]]()
+    if not converted:
         findings = find(model, example)
         stages = {stage_of(found): list(found.blocks) for found in findings.stages}
-        reports = [_report(stage, blocks, model) for stage, blocks in stages.items()]
-        reports = [replace(report, kept="all activations") for report in reports]
-        left = tuple((block.name, block.reason) for block in findings.left)
-        return Explanation(False, "", tuple(reports), left)
-    stages, left = {}, []
+        left = [(block.name, block.reason) for block in findings.left]
     for name, module in model.named_modules():
         if (place := place_of(module)) is not None:
             stages.setdefault(place.stage, []).append(name)
         prefix = f"{name}." if name else ""
         left += [(f"{prefix}{block}", reason) for block, reason in module.__dict__.get(LEFT, ())]
-    reports = [_report(stage, blocks, model) for stage, blocks in stages.items()]
-    rules = dict.fromkeys(f"{stage.runs(dtype_of(model))}, {stage.engine}" for stage in stages)
-    return Explanation(True, "; ".join(rules), tuple(reports), tuple(left))
+    reports = tuple(_report(stage, blocks, model) for stage, blocks in stages.items())
+    return Explanation(converted, "; ".join(dict.fromkeys(r.rule for r in reports)), reports, tuple(left))
+
+
+def check_is_module(model: Any, who: str) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        SettingError: it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingError(f"{who} needs a torch.nn.Module, got {type(model).__name__}")
 
 
 def stage_of(
@@ -96,29 +103,59 @@ def _report(stage: Stage, blocks: Sequence[str], model: nn.Module) -> StageRepor
         stage.name,
         tuple(blocks),
         type(model.get_submodule(blocks[0])).__name__,
+        f"{scheme}, {stage.engine}",
         stage.shape,
         stage.engine.kept_states(scheme, stage.length, dtype),
         stage.stored,
         kept_bytes,
-        tuple(_notes(stage, scheme, dtype)),
+        tuple(_notes(stage, scheme, dtype, _is_guessed(stage, model.get_submodule(blocks[0])))),
     )
 
 
-def _notes(stage: Stage, scheme: Scheme, dtype: torch.dtype) -> Iterator[str]:
+def _is_guessed(stage: Stage, block: nn.Module) -> bool:
+    """Whether it is not known yet that the blocks are residual blocks."""
+    place = place_of(block)
+    return stage.guessed if place is None else place.guessed
+
+
+def _notes(stage: Stage, scheme: Scheme, dtype: torch.dtype, guessed: bool) -> Iterator[str]:
     """What changes in the function that is computed, and in how."""
-    if stage.after:
+    if guessed:
+        yield (
+            "found by structure alone (modules of one class, one behind the other): the first call tells whether they "
+            "are residual blocks. An example of the inputs tells it now, and shapes and bytes"
+        )
+    change = _change(stage.scheme)
+    yield change
+    if stage.after and change not in (AS_BEFORE, AS_BEFORE_IN_EVAL):
         yield (
             f"the block ends with {', '.join(stage.after)} after its residual addition. It becomes part of f(x) = "
-            "block(x) - x; where a scheme's step is not x + f(x), the carried tensor does not pass through it any "
-            "more, and pretrained weights need fine-tuning: with Momentum the less the smaller gamma is"
-        )
-    if isinstance(stage.scheme, Duplicated):
-        yield (
-            "attention and MLP move a stream each, both of which begin as the input; the output is their mean. It is "
-            "another function of the same parameters, and pretrained weights need fine-tuning (arXiv:2302.04869)"
+            "block(x) - x, and the carried tensor does not pass through it any more"
         )
     if dtype.itemsize == 2 and isinstance(scheme, ExactScheme) and stage.exact is None:
         yield (
-            f"states of 16 bits ({dtype}) would drift soon when computed back. They are held in integers of 32 "
+            f"states of 16 bits ({dtype}) would drift soon when computed back. A chain holds them in integers of 32 "
             "bits instead, and nothing drifts; convert(..., exact=False) keeps 16 bits, and a state every few steps"
         )
+
+
+AS_BEFORE = "the function that is computed is the original, up to rounding"
+AS_BEFORE_IN_EVAL = f"in eval() {AS_BEFORE}; in training a random sign decides between two rules in each step"
+
+
+def _change(scheme: Scheme) -> str:
+    """How the function that is computed differs from the original's."""
+    if isinstance(scheme, BDIA):
+        return AS_BEFORE_IN_EVAL
+    if isinstance(scheme, Dr2Net) and (scheme.alpha, scheme.beta) == (1, 0):
+        return AS_BEFORE
+    if isinstance(scheme, Duplicated):
+        return (
+            "attention and MLP move a stream each, both of which begin as the input; the output is their mean. It is "
+            "another function of the same parameters, and pretrained weights need fine-tuning (arXiv:2302.04869)"
+        )
+    less = ", the less the smaller gamma is" if isinstance(scheme, Momentum) else ""
+    return (
+        "the step of the scheme stands in place of x + f(x), with f(x) = block(x) - x: another function of the same "
+        f"parameters. Pretrained weights need fine-tuning{less}"
+    )

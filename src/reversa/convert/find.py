@@ -48,11 +48,6 @@ class FoundStage:
     after: tuple[str, ...] = ()
     stored: int | None = None
 
-    @property
-    def numbered(self) -> list[tuple[int, str]]:
-        """The blocks with their numbers."""
-        return list(enumerate(self.blocks))
-
 
 @dataclass(frozen=True)
 class LeftBlock:

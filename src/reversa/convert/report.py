@@ -20,6 +20,7 @@ class StageReport:
         name: of the stage.
         blocks: paths of its blocks.
         kind: the first block's class.
+        rule: the scheme and the engine, in words; of an unconverted model, those of :func:`reversa.convert` by default.
         shape: of the carried tensor in the pass that the stages were found with, batch first; None without one.
         kept: what training keeps for the backward pass, in words.
         stored_bytes: what ordinary backpropagation stores in the blocks, in that pass; None without one.
@@ -31,6 +32,7 @@ class StageReport:
     name: str
     blocks: tuple[str, ...]
     kind: str
+    rule: str
     shape: tuple[int, ...] | None
     kept: str
     stored_bytes: int | None = None
@@ -51,7 +53,7 @@ class Explanation:
 
     Attributes:
         converted: whether the model is converted, or only could be.
-        rule: the scheme and engine, in words.
+        rule: the schemes and engines, in words.
         stages: the stages, in the order of the model.
         left: names of modules that stay as they are, each with the reason.
     """
@@ -62,17 +64,28 @@ class Explanation:
     left: tuple[tuple[str, str], ...]
 
     @property
-    def saved_bytes(self) -> int:
-        """Bytes that conversion saves after the forward pass, in the stages of which that is known."""
-        return sum(stage.saved_bytes or 0 for stage in self.stages)
+    def saved_bytes(self) -> int | None:
+        """Bytes that conversion saves after the forward pass, in the stages of which that is known; None of none."""
+        known = [stage.saved_bytes for stage in self.stages if stage.saved_bytes is not None]
+        return sum(known) if known else None
 
     def __str__(self) -> str:
         blocks = sum(len(stage.blocks) for stage in self.stages)
         stages = f"{len(self.stages)} stage{'s' * (len(self.stages) != 1)}"
         head = f"{blocks} blocks in {stages} {'are' if self.converted else 'could be made'} reversible"
-        rows = [("stage", "blocks", "of", "shape", "stored", "as a chain", "kept for the backward pass")]
+        several = len({stage.rule for stage in self.stages}) > 1
+        rows = [("stage", "blocks", "of", "shape", "stored", "as a chain", "which keeps", *["by"] * several)]
         rows += [
-            (s.name, _span(s), s.kind, _shape(s.shape), _size(s.stored_bytes), _size(s.kept_bytes), s.kept)
+            (
+                s.name,
+                _span(s),
+                s.kind,
+                _shape(s.shape),
+                _size(s.stored_bytes),
+                _size(s.kept_bytes),
+                s.kept,
+                *[s.rule] * several,
+            )
             for s in self.stages
         ]
         lines = [f"{head}: {self.rule}" if self.rule else head, ""]
@@ -87,12 +100,12 @@ class Explanation:
         known = [stage for stage in self.stages if stage.saved_bytes is not None]
         if not known:
             return []
-        stored, batch = sum(stage.stored_bytes or 0 for stage in known), (known[0].shape or (0,))[0]
+        stored, saved = sum(stage.stored_bytes or 0 for stage in known), self.saved_bytes or 0
         verb = "saves" if self.converted else "would save"
         return [
             "",
-            f"Held after a forward pass with a batch of {batch}: {in_bytes(stored)} in these blocks as they are, "
-            f"{in_bytes(stored - self.saved_bytes)} as chains; conversion {verb} {in_bytes(self.saved_bytes)}.",
+            f"Held after a forward pass with these shapes: {in_bytes(stored)} in the blocks as they are, "
+            f"{in_bytes(stored - saved)} as chains; conversion {verb} {in_bytes(saved)}. Other inputs: example=.",
         ]
 
 
@@ -102,7 +115,7 @@ def _span(stage: StageReport) -> str:
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    return "seen at the first call" if shape is None else " x ".join(map(str, shape[1:]))
+    return "seen at the first call" if shape is None else " x ".join(map(str, shape))
 
 
 def _size(count: int | None) -> str:

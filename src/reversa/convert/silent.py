@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from reversa.engine.steps import first_tensor
+from reversa.errors import BlockError
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def first_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
 
 
+_OTHERS = {"_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -97,6 +99,40 @@ def without(module: nn.Module, off: Switches) -> nn.Module:
         child: Any = inside[name]
         inside[name] = Silent(child, what.form) if isinstance(what, Off) else without(child, what)
     return shallow
+
+
+def refuse_hooks(module: nn.Module, off: Switches) -> None:
+    """Before such a call: hooks of a module that holds parts of both functions would see half of it each time.
+
+    Raises:
+        BlockError: there is one.
+    """
+    for name, what in off.items():
+        child: Any = module._modules[name]
+        if isinstance(what, Off):
+            continue
+        if child._forward_hooks or child._forward_pre_hooks:
+            raise BlockError(
+                f"{name} ({type(child).__name__}) has forward hooks, and holds modules of both of a block's functions: "
+                "each call would show them half of it. Put the hooks on modules inside it, or on the block."
+            )
+        refuse_hooks(child, what)
+
+
+def refuse_written(module: nn.Module, shallow: nn.Module) -> None:
+    """After a call of the shallow copy: whatever it has set on itself would be lost.
+
+    Raises:
+        BlockError: it has set an attribute.
+    """
+    own, left = module.__dict__, shallow.__dict__
+    for name in left:
+        if name not in _OTHERS and own.get(name, left) is not left[name]:
+            raise BlockError(
+                f"{type(module).__name__} sets its attribute {name!r} when it is called, and two streams call it "
+                "twice, with a part of its modules at a time. Return the value, set it in a module inside, or use "
+                "another scheme, such as Momentum(gamma)."
+            )
 
 
 def form_of(output: Any, given: Tensor) -> Any:

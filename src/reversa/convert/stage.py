@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -42,6 +43,12 @@ class Stage:
     stored: int | None = None
     _loose: dict[int, list[Link]] = field(default_factory=dict, repr=False)
     _told: set[str] = field(default_factory=set, repr=False)
+    _emptied: WeakKeyDictionary[Any, set[int]] | None = field(default=None, repr=False)
+
+    @property
+    def guessed(self) -> bool:
+        """Found by structure alone, without a pass."""
+        return self.shape is None
 
     @property
     def stores(self) -> bool:
@@ -74,7 +81,13 @@ class Stage:
             warnings.warn(message, ConversionWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loose": {}}  # links belong to running calls, not to copies
+        return {**self.__dict__, "_loose": {}, "_emptied": None}  # links belong to running calls, not to copies
+
+    def withheld_from(self, cache: Any) -> set[int]:
+        """Identities of the blocks that were not given this key-value cache; the set may be added to."""
+        if self._emptied is None:
+            self._emptied = WeakKeyDictionary()
+        return self._emptied.setdefault(cache, set[int]())
 
     def loose(self) -> list[Link]:
         """Links of blocks that are called outside any container's forward, in this thread."""
@@ -143,8 +156,8 @@ def scope() -> Iterator[None]:
 
 @contextmanager
 def continued(place: Place, x: Tensor) -> Iterator[Link | None]:
-    """The pass that this block continues; None where a new pass begins with it. If the step fails, it can be tried "
-    "again.
+    """The pass that this block continues; None where a new pass begins with it. If the step fails, it can be tried
+    again.
 
     Raises:
         StateChanged: x is not what an earlier block of the stage returned.
@@ -152,8 +165,9 @@ def continued(place: Place, x: Tensor) -> Iterator[Link | None]:
     stage, inside = place.stage, _scope.get()
     links = stage.loose() if inside is None else inside.get(stage, [])
     link = next((link for link in links if link.index < place.index and link.holds(x)), None)
-    if link is None and links and links[-1].index < place.index and stage.between == "carry":
-        link = links[-1]
+    waiting = [link for link in links if link.index < place.index]
+    if link is None and len(waiting) == 1 and stage.between == "carry":
+        (link,) = waiting
         (link.head, *hidden), number = link.steps.scheme.resumed(x, (x, *link.hidden), link.steps.taken)
         link.hidden = tuple(hidden)
         link.steps = stage.afresh(link.steps, number)
@@ -171,6 +185,12 @@ def continued(place: Place, x: Tensor) -> Iterator[Link | None]:
 
 def _refuse(place: Place, links: list[Link]) -> None:
     before = f"block {links[-1].index}" if links else "the block before it"
+    if place.stage.between == "carry" and len(links) > 1:
+        raise StateChanged(
+            f"{place.name} (block {place.index} of stage {place.stage.name!r}) was given another tensor than the "
+            f"blocks before it returned, and {len(links)} passes over the stage are under way: nobody can say whose "
+            "velocity goes on. Make one pass after the other."
+        )
     raise StateChanged(
         f"{place.name} (block {place.index} of stage {place.stage.name!r}) was not given the tensor that {before} "
         "returned: it was computed from it, changed in place, used twice, or the block was called on its own. Leave "

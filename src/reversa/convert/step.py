@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from reversa.convert.caches import stripped, tell_of_checkpointing, without_caches
 from reversa.convert.find import why_no_block, why_no_residual
 from reversa.convert.marks import PLACE, switch_back
-from reversa.convert.silent import Switches, without
+from reversa.convert.silent import Switches, refuse_hooks, refuse_written, without
 from reversa.convert.stage import Place, continued, leave_link
 from reversa.convert.streams import Streams, separate, two_steps
 from reversa.engine import _torch
@@ -66,7 +66,8 @@ def _take_carried(
     if not isinstance(x, Tensor):
         raise BlockError(
             f"{place.name} (block {place.index} of stage {place.stage.name!r}) needs the carried tensor as argument "
-            f"{place.key!r}, got {type(x).__name__}. Convert after tracing or feature extraction, not before."
+            f"{place.key!r}, got {type(x).__name__}. Convert after tracing or feature extraction, not before; a stage "
+            "whose blocks are called in another way now is to be left out (stages=[...])."
         )
     return x, args, kwargs, key
 
@@ -143,7 +144,15 @@ def _two_functions(
         place.branches = found
 
     def function(off: Switches) -> _Residual:
-        return _Residual(block, lambda block, *args, **kwargs: call(without(block, off), *args, **kwargs), key)
+        def partly(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            refuse_hooks(block, off)
+            shallow = without(block, off)
+            output = call(shallow, *args, **kwargs)
+            if not torch.compiler.is_compiling():
+                refuse_written(block, shallow)
+            return output
+
+        return _Residual(block, partly, key)
 
     return [function(place.branches.mlp), function(place.branches.attention)]
 

@@ -125,8 +125,10 @@ def _take_apart(block: nn.Module, key: Key, args: tuple[Any, ...], kwargs: dict[
         args = (*args[:key], x, *args[key + 1 :])
     else:
         kwargs = {**kwargs, key: x}
+    versions = _versions(block)
     with _calls_inside(block) as ran:
         y = first_tensor(type(block).forward(block, *args, **kwargs))
+    written = {name for name, version in _versions(block).items() if versions.get(name) != version}
     if not isinstance(y, Tensor) or not y.requires_grad:
         return "it does not return a tensor with a gradient, or a tuple that begins with one"
     found = branches_of(edge_of(y), edge_of(x))
@@ -144,7 +146,15 @@ def _take_apart(block: nn.Module, key: Key, args: tuple[Any, ...], kwargs: dict[
         gone = {id(p) for name in off for p in block.get_submodule(name).parameters()}
         if not isinstance(left, Tensor) or left.shape != x.shape or gone & parameters_behind(left):
             return f"its {what} computes even with its modules switched off"
+    shared = [name for name in written if not any(name.startswith(f"{path}.") for off in mine for path in off)]
+    if shared:
+        return f"it writes to its buffer {shared[0]!r}, which both of its functions would move"
     return Branches(*map(_tree, mine))
+
+
+def _versions(block: nn.Module) -> dict[str, int]:
+    """Of each buffer how often it was written to."""
+    return {name: buffer._version for name, buffer in block.named_buffers()}
 
 
 @contextmanager
@@ -206,7 +216,7 @@ def streams_of(link: Link, x: Tensor) -> State:
         return link.head, *link.hidden
     *rest, a = link.hidden
     b = rest[0]
-    if x is not link.ref() and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x is not link.ref() or x.retains_grad):
         a, b = joined((a.detach(), b.detach()), ((1.0, 1.0), (1.0, -1.0)), x, (a - b) / 2)
     return a, b, *rest[1:]
 

@@ -171,8 +171,8 @@ class _InvertSteps(Steps):
 
     def _chain(self, state: State, first: int, module: Any) -> Chain:
         hashes = Hashes(self.scheme) if self.engine.verify else None
-        watch = not (self.scheme.exact or self.engine.accept_drift)
-        samples = Samples(self.tolerance) if watch else None
+        tolerance = None if self.scheme.exact else self.tolerance
+        samples = None if self.engine.accept_drift and tolerance is not None else Samples(tolerance)
         return Chain(self.scheme, state, first, self._group(state, module), hashes, samples)
 
     def _group(self, state: State, module: Any) -> int:

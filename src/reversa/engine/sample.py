@@ -26,10 +26,11 @@ class Samples:
     1024th ... after it, for a backward pass that does not go so far.
 
     Args:
-        tolerance: the error that is planned with (:func:`reversa.engine.drift.tolerance`).
+        tolerance: the error that is planned with (:func:`reversa.engine.drift.tolerance`); None in exact arithmetic,
+            where every bit comes back.
     """
 
-    def __init__(self, tolerance: float) -> None:
+    def __init__(self, tolerance: float | None) -> None:
         self.tolerance = tolerance
         self._samples: dict[int, Sample] = {}
         self._next = 0
@@ -50,7 +51,7 @@ class Samples:
         """Judge what came back in the argument's place.
 
         Raises:
-            DriftError: it is another one by 1 % or more; in 16 bits by more.
+            DriftError: it is another one by 1 % or more, in 16 bits by more; in exact arithmetic by a bit.
         """
         self._samples[step].compare(argument, where)
 
@@ -64,21 +65,25 @@ class Sample:
     Args:
         argument: what a residual function of a chain is evaluated at.
         state: the state that it is part of, whose size is the measure: a stream can begin with zeros.
-        tolerance: the error that is planned with (:func:`reversa.engine.drift.tolerance`).
+        tolerance: the error that is planned with (:func:`reversa.engine.drift.tolerance`); None for none.
     """
 
-    def __init__(self, argument: Tensor, state: State, tolerance: float) -> None:
+    def __init__(self, argument: Tensor, state: State, tolerance: float | None) -> None:
         self.tolerance = tolerance
         self.places = _places(argument.shape)
         self.elements = argument.detach()[self.places].clone()
-        self.scale = torch.stack([_norm(stream.detach()[self.places]) for stream in state]).max()
+        if tolerance is not None:
+            self.scale = torch.stack([_norm(stream.detach()[self.places]) for stream in state]).max()
 
     def compare(self, argument: Tensor, where: object) -> None:
         """Judge what came back in its place.
 
         Raises:
-            DriftError: it is another one by 1 % or more; in 16 bits by more.
+            DriftError: it is another one by 1 % or more, in 16 bits by more; in exact arithmetic by a bit.
         """
+        if self.tolerance is None:
+            self._compare_bits(argument, where)
+            return
         error = self._error(argument)
         if not error > max(WARN_ABOVE, 4 * self.tolerance):
             return
@@ -91,6 +96,18 @@ class Sample:
         if error > max(REFUSE_ABOVE, 40 * self.tolerance):
             raise DriftError(f"{message} To go on all the same: Invert(accept_drift=True).")
         warnings.warn(message, DriftWarning, stacklevel=2)
+
+    def _compare_bits(self, argument: Tensor, where: object) -> None:
+        if isinstance(argument, FakeTensor) or argument.is_meta:
+            return
+        found = argument.detach()[self.places]
+        if not torch.equal(found.nan_to_num(), self.elements.nan_to_num()):
+            raise DriftError(
+                f"the input recovered for {where} has not the bits that it had: a residual function computed something "
+                "else in the backward pass than in the forward pass. What it reads may have been switched in between "
+                "(an adapter, a flag, a counter), it draws random numbers that PyTorch's generators do not know, or "
+                "its operations differ from call to call. reversa.check tells which step; engine=Store() recovers none."
+            )
 
     def _error(self, argument: Tensor) -> float:
         if isinstance(argument, FakeTensor) or argument.is_meta:

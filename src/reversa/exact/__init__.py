@@ -54,8 +54,13 @@ def exact_scheme(scheme: Scheme, arithmetic: Arithmetic) -> ExactScheme:
 
 
 def default_arithmetic(dtype: torch.dtype, under: torch.dtype) -> FixedPoint:
-    """64 bits; 32 where residual functions compute in 16 bits: their own rounding is coarser than 2^-20."""
-    return FixedPoint(bits=32 if min(torch.finfo(dtype).bits, torch.finfo(under).bits) == 16 else 64)
+    """64 bits; 32 where residual functions compute in 16 bits: their own rounding is coarser than 2^-20.
+
+    States that have 16 bits themselves are as coarse, and may be large: of the 32 bits 15 stand before the point.
+    """
+    if torch.finfo(dtype).bits == 16:
+        return FixedPoint(bits=32, radix=16)
+    return FixedPoint(bits=32 if torch.finfo(under).bits == 16 else 64)
 
 
 def check_exact(scheme: Scheme, exact: Exact) -> None:
