@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from reversa.convert.residual import _ADDITION, _PASSING, Edge, _leads, _operands, after_addition
+from reversa.convert.residual import ADDITION, PASSING, Edge, after_addition, leads, operands_of
 
 _SUM = re.compile(r"(Add|Sub|Stack|Cat)Backward\d*$")
 _PRODUCT = re.compile(r"MulBackward\d*$")
 _LINEAR = re.compile(
-    rf"{_PASSING.pattern}|(Div|Neg|Sum|Mean|Slice|Select|Split(WithSizes)?|Unbind|Roll|Flip|ConstantPadNd)Backward\d*$"
+    rf"{PASSING.pattern}|(Div|Neg|Sum|Mean|Slice|Select|Split(WithSizes)?|Unbind|Roll|Flip|ConstantPadNd)Backward\d*$"
 )
 _DROPOUT = re.compile(r"Dropout")
 
@@ -84,10 +84,10 @@ def _skip_path(output: Edge, source: Edge) -> tuple[list[Edge], list[Edge]]:
     path, sums = [output], []
     while path[-1] != source:
         operands = _carried(path[-1])
-        skip = next((operand for operand in operands if _leads(operand, source, _carried)), None)
+        skip = next((operand for operand in operands if leads(operand, source, _carried)), None)
         if skip is None or not _adds_functions(path[-1], skip, source):
             break
-        if any(operand != skip and _leads(operand, source, _operands) for operand in operands):
+        if any(operand != skip and leads(operand, source, operands_of) for operand in operands):
             sums.append(path[-1])
         path.append(skip)
     return path, sums
@@ -96,30 +96,30 @@ def _skip_path(output: Edge, source: Edge) -> tuple[list[Edge], list[Edge]]:
 def _adds_functions(edge: Edge, skip: Edge, source: Edge) -> bool:
     """Whether a place hands the carried tensor on with nothing but functions of it added: no sign, factor, constant."""
     node, operands = edge[0], edge[0].next_functions
-    if not _ADDITION.match(node.name()):
+    if not ADDITION.match(node.name()):
         return True
     first = operands[0] == skip
     if not first and (not node.name().startswith("Add") or getattr(node, "_saved_alpha", 1) != 1):
         return False
-    others = [operand for operand in _operands(edge) if operand != skip]
-    return len(others) == len(operands) - 1 and all(_leads(other, source, _operands) for other in others)
+    others = [operand for operand in operands_of(edge) if operand != skip]
+    return len(others) == len(operands) - 1 and all(leads(other, source, operands_of) for other in others)
 
 
 def _carried(edge: Edge) -> list[Edge]:
     """The operands that a place hands on as they are, but for what is added to them."""
     name = edge[0].name()
-    if _ADDITION.match(name):
-        return _operands(edge)
-    return _operands(edge)[:1] if _PASSING.match(name) and not _DROPOUT.search(name) else []
+    if ADDITION.match(name):
+        return operands_of(edge)
+    return operands_of(edge)[:1] if PASSING.match(name) and not _DROPOUT.search(name) else []
 
 
 def _branch(sums: Iterable[Edge], path: list[Edge]) -> tuple[Branch, set[Edge]]:
     """What these additions add; and where on the path it begins."""
     on_path = set(path)
-    ends = [operand for edge in sums for operand in _operands(edge) if operand not in on_path]
+    ends = [operand for edge in sums for operand in operands_of(edge) if operand not in on_path]
     edges, met, waiting = set(ends), set[Edge](), list(ends)
     while waiting:
-        for operand in _operands(waiting.pop()):
+        for operand in operands_of(waiting.pop()):
             if operand in on_path:
                 met.add(operand)
             elif operand not in edges:

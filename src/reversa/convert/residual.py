@@ -15,10 +15,10 @@ from torch.autograd.graph import Node, get_gradient_edge
 Edge = tuple[Node, int]
 """A node of the graph and the number of its output: the place in the graph where one tensor was made."""
 
-_ADDITION = re.compile(r"(Add|Sub|Addcmul|IndexAdd)Backward\d*$")
+ADDITION = re.compile(r"(Add|Sub|Addcmul|IndexAdd)Backward\d*$")
 _SCALING = re.compile(r"(Mul|Div)Backward\d*$")
 _FACTOR = re.compile(r"AccumulateGrad|RsqrtBackward")
-_PASSING = re.compile(
+PASSING = re.compile(
     r"(Clone|(Unsafe)?View|ReshapeAlias|Alias|AsStrided|Transpose|Permute|T|(Uns|S)queeze|Expand|Clamp(Min|Max)?|ToCopy"
     r"|NativeDropout)Backward\d*$"
 )
@@ -56,10 +56,10 @@ def after_addition(output: Edge, source: Edge) -> tuple[str, ...] | None:
     edge = output
     while edge != source:
         operands = _skip(edge)
-        skip = next((operand for operand in operands if _leads(operand, source, _skip)), None)
+        skip = next((operand for operand in operands if leads(operand, source, _skip)), None)
         if skip is None:
             return None
-        if _ADDITION.match(edge[0].name()) and _is_residual(operands, skip, source):
+        if ADDITION.match(edge[0].name()) and _is_residual(operands, skip, source):
             return tuple(acts)
         acts += filter(None, [_act(edge[0])])
         edge = skip
@@ -70,34 +70,34 @@ def _is_residual(operands: list[Edge], skip: Edge, source: Edge) -> bool:
     """Whether the other side of the addition depends on the block's input, too."""
     others = list(operands)
     others.remove(skip)
-    return any(_leads(other, source, _operands) for other in others)
+    return any(leads(other, source, operands_of) for other in others)
 
 
 def _act(node: Node) -> str | None:
     """What a node of the skip path does to the sum, if it is more than a view or a scaling."""
     name = node.name()
-    if _SCALING.match(name) and any("Rsqrt" in operand.name() for operand, _ in _operands((node, 0))):
+    if _SCALING.match(name) and any("Rsqrt" in operand.name() for operand, _ in operands_of((node, 0))):
         return "norm"  # written by hand: x * rsqrt(mean(x**2) + eps)
     return next((act for pattern, act in _AFTER.items() if pattern.search(name)), None)
 
 
-def _operands(edge: Edge) -> list[Edge]:
+def operands_of(edge: Edge) -> list[Edge]:
     """The places where a node's differentiable operands were made."""
     return [(node, number) for node, number in edge[0].next_functions if node is not None]
 
 
 def _skip(edge: Edge) -> list[Edge]:
     """The operands along which the skip path may go on; none where the node is part of ``f``."""
-    name, operands = edge[0].name(), _operands(edge)
-    if _ADDITION.match(name):
+    name, operands = edge[0].name(), operands_of(edge)
+    if ADDITION.match(name):
         return operands
     if _SCALING.match(name):
         scaled = [operand for operand in operands if not _FACTOR.search(operand[0].name())]
         return scaled if len(scaled) == 1 else []
-    return operands[:1] if _PASSING.match(name) or _act(edge[0]) else []
+    return operands[:1] if PASSING.match(name) or _act(edge[0]) else []
 
 
-def _leads(start: Edge, goal: Edge, follow: Callable[[Edge], Iterable[Edge]]) -> bool:
+def leads(start: Edge, goal: Edge, follow: Callable[[Edge], Iterable[Edge]]) -> bool:
     """Whether some walk from one place in the graph reaches the other."""
     waiting, seen = [start], {start}
     while waiting:

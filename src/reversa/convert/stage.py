@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from reversa.engine import Engine, Offload, Steps, Store
+from reversa.engine.steps import is_recording
 from reversa.errors import ConversionWarning, StateChanged
-from reversa.exact import Exact, run_in, run_with
+from reversa.exact import Exact, ExactScheme, run_in, run_with
 from reversa.schemes import Scheme, State
 
 Between = Literal["error", "carry"]
@@ -62,6 +63,13 @@ class Stage:
     def scheme_for(self, x: Tensor, training: bool) -> Scheme:
         """The scheme in the arithmetic that it runs in with this input, now."""
         return run_with(self.scheme.begun(x, self.length, training), self.exact, x)
+
+    def scheme_of(self, link: Link | None, x: Tensor, training: bool) -> Scheme:
+        """The scheme of the pass that a block continues, or of one that begins with it."""
+        scheme = self.scheme_for(x, training) if link is None else link.steps.scheme
+        if isinstance(scheme, ExactScheme):
+            scheme.way_back = self.engine.inverts and is_recording()
+        return scheme
 
     def begin(self, scheme: Scheme) -> Steps:
         """A new chain."""

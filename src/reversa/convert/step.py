@@ -17,9 +17,8 @@ from reversa.convert.silent import Switches, refuse_hooks, refuse_written, witho
 from reversa.convert.stage import Place, continued, leave_link
 from reversa.convert.streams import Streams, separate, two_steps
 from reversa.engine import _torch
-from reversa.engine.steps import PlainSteps, first_tensor, is_recording, with_value
+from reversa.engine.steps import PlainSteps, first_tensor, with_value
 from reversa.errors import BlockError, ConversionError
-from reversa.exact import ExactScheme
 from reversa.schemes import State
 
 Forward = Callable[..., Any]
@@ -109,9 +108,7 @@ def step(block: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwa
         functions = _two_functions(block, place, call, key, *stripped(args, kwargs))
         return two_steps(block, place, functions, x, others, named, once)
     with continued(place, x) as link:
-        scheme = stage.scheme_for(x, block.training) if link is None else link.steps.scheme
-        if isinstance(scheme, ExactScheme):
-            scheme.way_back = stage.engine.inverts and is_recording()
+        scheme = stage.scheme_of(link, x, block.training)
         state: State = scheme.open(x) if link is None else (x if link.head is None else link.head, *link.hidden)
         given = state[0]  # what the block sees: in exact arithmetic x in integers
         steps = stage.begin(scheme) if link is None else link.steps

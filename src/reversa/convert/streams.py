@@ -24,8 +24,7 @@ from reversa.convert.record import Key, record
 from reversa.convert.residual import Edge, edge_of
 from reversa.convert.silent import Off, Switches, first_given, form_of, without
 from reversa.convert.stage import Link, Place, continued, leave_link
-from reversa.engine.steps import PlainSteps, first_tensor, is_recording, with_value
-from reversa.exact import ExactScheme
+from reversa.engine.steps import PlainSteps, first_tensor, with_value
 from reversa.exact.joined import joined
 from reversa.schemes import State
 
@@ -255,9 +254,7 @@ def two_steps(
     """
     stage = place.stage
     with continued(place, x) as link:
-        scheme = stage.scheme_for(x, block.training) if link is None else link.steps.scheme
-        if isinstance(scheme, ExactScheme):
-            scheme.way_back = stage.engine.inverts and is_recording()
+        scheme = stage.scheme_of(link, x, block.training)
         state = scheme.open(x) if link is None else streams_of(link, x)
         steps = stage.begin(scheme) if link is None else link.steps
         before, made = steps.taken, PlainSteps(scheme, steps.taken) if once else steps
