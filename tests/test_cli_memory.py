@@ -442,7 +442,7 @@ def test_lines_are_named_in_their_colours_and_apart(capsys, nets):
         (["resnet32", "vit", "--compare", "--timeline", "x"], "at most 6 lines, and these are 10"),
         (["revnet38", "--gamma", "0.5"], "revnet38 has no setting gamma"),
         (["resnet32", "--scheme", "momentums"], "Did you mean: momentum"),
-        (["resnet32", "--scheme", "revnet"], "cannot take over another model's blocks"),
+        (["resnet32", "--scheme", "revnet"], "RevNet needs pre-norm transformer blocks"),
         (["resnet32", "--gamma", "7"], "(0, 1], got 7"),
         (["torchvision:vit_b_16", "--input", "2x3x64x64"], "Expected 224 but got 64"),
         (["usersnets:chain", "--input", "4x9"], "cannot make a training step with these inputs (4 x 9)"),

@@ -166,7 +166,7 @@ def test_the_program_asks_for_what_the_command_asked_for(capsys, nets, small_gpt
     command, program = asked_for
     assert command == program
     assert {found for _, found, _ in program[1]} == ({rule} if rule else set())
-    assert all(exact is not False for _, _, exact in program[1]) == ("--exact" in flags or not rule)
+    assert all(bool(exact) for _, _, exact in program[1]) == ("--exact" in flags or not rule)
     assert program[2]
 
 

@@ -211,7 +211,7 @@ def test_a_stored_block_holds_its_activations_and_an_inverted_one_a_number():
     assert stored.bytes_per_block == 2 * UNIT, "Tanh's output, and the state's x that the next function is given"
     (inverted,) = estimate(chain(), (BATCH, WIDTH)).stages
     sample = sample_bytes(reversa.Momentum(0.999), torch.ones(BATCH, WIDTH))
-    assert inverted.held_by_block[:-1] == (4 + sample, *[4] * 6)
+    assert inverted.held_by_block[:-1] == (4 * 64 + sample, *[0] * 6), "room for a number of each of 64 steps"
     assert inverted.held_by_block[-1] == pytest.approx(2 * UNIT, rel=0.01), "x and v at the end"
     (anchored,) = estimate(chain(engine=reversa.Invert(anchors=4)), (BATCH, WIDTH)).stages
     assert [round(held / UNIT) for held in anchored.held_by_block] == [0, 0, 0, 2] * 2

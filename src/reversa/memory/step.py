@@ -185,7 +185,7 @@ def _held(stage: Stage, number: int, held: dict[Place | None, int]) -> StageMemo
 @contextmanager
 def _no_collector() -> Iterator[None]:
     """Nothing is freed at moments that nobody knows: what lies in a cycle stays alive."""
-    gc.collect()
+    gc.collect(1)  # of all objects it would take a second in a large program, before each of many steps
     enabled = gc.isenabled()
     gc.disable()
     try:
