@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 
@@ -19,6 +20,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("reversa")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """What is there before a file's tests (packages, ten thousand tests) is not searched whenever a test collects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

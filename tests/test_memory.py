@@ -167,7 +167,8 @@ def test_anchors_cost_exactly_the_states_that_they_keep(anchors):
     x = torch.ones(INPUTS[mlp])
     kept = 64 // anchors - 1
     samples = 64 // anchors * sample_bytes(MOMENTUM, x, anchors) - sample_bytes(MOMENTUM, x, 64)
-    more = kept * 2 + samples / x.nbytes
+    numbers = 4 * 64 * kept  # each chain has room for one of each of 64 steps: whether its value was finite
+    more = kept * 2 + (samples + numbers) / x.nbytes
     assert with_anchors.held - without.held == more
     # The end of the chain behind is kept until the backward pass has left the chain before it.
     assert more - 2 <= with_anchors.peak - without.peak <= more
@@ -231,7 +232,7 @@ def test_an_input_kept_by_the_caller_is_not_copied():
     x = torch.ones(INPUTS[mlp], requires_grad=True)
     with LiveBytes(exclude=[model, x]) as counted:
         y = model(x)
-        number = 4  # of the step: whether its value was finite
-        assert counted.live <= 2 * x.nbytes + number + sample_bytes(MOMENTUM, x)  # y and the velocity behind it
+        numbers = 4 * 64  # room for one of each of 64 steps: whether its value was finite
+        assert counted.live <= 2 * x.nbytes + numbers + sample_bytes(MOMENTUM, x)  # y and the velocity behind it
         y.mean().backward()
         assert counted.live == y.nbytes
