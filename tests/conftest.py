@@ -27,6 +27,8 @@ def _frozen():
     """What is there before a file's tests (packages, ten thousand tests) is not searched whenever a test collects."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
