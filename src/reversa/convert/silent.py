@@ -75,7 +75,6 @@ def first_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
 
 
-_OTHERS = {"_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -127,7 +126,7 @@ def refuse_written(module: nn.Module, shallow: nn.Module) -> None:
     """
     own, left = module.__dict__, shallow.__dict__
     for name in left:
-        if name not in _OTHERS and own.get(name, left) is not left[name]:
+        if name not in ("_modules", *_HOOKS) and own.get(name, left) is not left[name]:
             raise BlockError(
                 f"{type(module).__name__} sets its attribute {name!r} when it is called, and two streams call it "
                 "twice, with a part of its modules at a time. Return the value, set it in a module inside, or use "

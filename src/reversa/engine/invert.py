@@ -40,7 +40,8 @@ class Invert(Engine):
         keep: the last ``keep`` steps store their activations in the ordinary way (less time, more memory).
         anchors: ``"auto"`` keeps a state wherever the drift law asks for one; a number keeps one every so many
             steps; None keeps none, with a warning or an error where the drift is too large.
-        accept_drift: do not raise because of drift, whether foreseen or found.
+        accept_drift: do not raise because of drift, whether foreseen or found. In exact arithmetic there is none:
+            a state that comes back with other bits was computed by another function, and that is an error always.
         group: number of steps replayed in one go, with the state before the first step kept as well; None chooses
             1, or 8 for a state so small that Python's overhead matters more.
         verify: in exact arithmetic, keep a hash of the state before each step and compare it on the way back.

@@ -101,7 +101,7 @@ class Sample:
         if isinstance(argument, FakeTensor) or argument.is_meta:
             return
         found = argument.detach()[self.places]
-        if not torch.equal(found.nan_to_num(), self.elements.nan_to_num()):
+        if not torch.allclose(found, self.elements, rtol=0, atol=0, equal_nan=True):
             raise DriftError(
                 f"the input recovered for {where} has not the bits that it had: a residual function computed something "
                 "else in the backward pass than in the forward pass. What it reads may have been switched in between "
